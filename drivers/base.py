@@ -1,0 +1,119 @@
+"""What a robot is: five verbs, a clock, and a declaration of what it reads and what it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+class DriverError(RuntimeError):
+    """A device failed, is missing or answered nonsense. The message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One thing a robot reads: its shape, unit, rate, age and the scale the observation divides it by."""
+
+    name: str
+    size: int  # values are float32 vectors of this length
+    unit: str
+    hz: float  # how often the sensor itself measures
+    latency_s: float  # typical age of a fresh value when it is read
+    scale: tuple[float, ...]  # one number a value, in the channel's unit
+    observed: bool = True  # part of the policy's observation
+
+    def __post_init__(self) -> None:
+        if len(self.scale) != self.size:
+            raise ValueError(f"channel {self.name}: {self.size} values but {len(self.scale)} scales")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the motors take, in SI units, and how an action in [-1, 1] maps onto it (linearly).
+
+    The absolute limits may be wider than the action box: a reset drives backwards, a policy need not.
+    """
+
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    action_low: tuple[float, ...]  # the command of action -1
+    action_high: tuple[float, ...]  # the command of action +1
+    low: tuple[float, ...]  # absolute limits of the robot
+    high: tuple[float, ...]
+    rate: tuple[float, ...]  # largest change per second
+    safe: tuple[float, ...]  # what stops the robot
+
+    @property
+    def size(self) -> int:
+        """Number of values in a command, and in an action."""
+        return len(self.names)
+
+    def to_command(self, action: np.ndarray) -> np.ndarray:
+        """(size,) action -> (size,) float64 command; actions beyond the box map linearly beyond it."""
+        low, high = np.asarray(self.action_low), np.asarray(self.action_high)
+        return low + (np.asarray(action, np.float64) + 1.0) * 0.5 * (high - low)
+
+    def to_action(self, command: np.ndarray) -> np.ndarray:
+        """(size,) command -> (size,) float32 action; outside [-1, 1] where the command left the action box."""
+        low, high = np.asarray(self.action_low), np.asarray(self.action_high)
+        return (2.0 * (np.asarray(command, np.float64) - low) / (high - low) - 1.0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The newest value of every channel and the time each was captured (s, the robot's clock)."""
+
+    values: dict[str, np.ndarray]  # channel name -> (size,) float32, copies
+    stamps: dict[str, float]
+
+
+@runtime_checkable
+class Robot(Protocol):
+    """A robot, real or twin. `stop` and `close` are idempotent; `stop` may be called in any state."""
+
+    channels: tuple[Channel, ...]
+    command: Command
+
+    def open(self) -> None:
+        """Connect. Raises DriverError with the remedy when the device is missing."""
+        ...
+
+    def read(self) -> Reading:
+        """The newest values, without waiting for newer ones. Raises DriverError when the device fails."""
+        ...
+
+    def write(self, command: np.ndarray) -> None:
+        """Send a (size,) command. Raises DriverError when the device fails."""
+        ...
+
+    def stop(self) -> None:
+        """Bring the motors to their safe state now."""
+        ...
+
+    def close(self) -> None:
+        """Stop and let go of the device."""
+        ...
+
+    def now(self) -> float:
+        """Time in seconds: monotonic on hardware, simulated in the twin."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; in the twin this advances the physics by that time."""
+        ...
+
+
+@runtime_checkable
+class Twin(Robot, Protocol):
+    """A simulated robot: it can be placed, and it knows what only a simulator can know."""
+
+    def place(self, pose: tuple[float, float, float]) -> None:
+        """Set the robot at rest, upright, at (x m, y m, heading rad)."""
+        ...
+
+    def truth(self) -> dict[str, float]:
+        """For eval, report and tests only: x, y, heading, speed, upright, and `contacts`, a running count
+        of contacts with walls (a new one each time a wall is touched after 0.5 s without)."""
+        ...
