@@ -1,0 +1,178 @@
+"""Presets, overlays, --set, and what a run was decided by."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tether.launch import config
+from tether.launch.config import ConfigError
+from tether.launch.onboard import Policy, _shapes
+
+
+def test_full_is_rlpd_as_published():
+    found = config.load("full", "gym")
+    want = dict(
+        ensemble=10, subset=2, hidden=(256, 256), critic_lr=3e-4, actor_lr=3e-4, temp_lr=3e-4, tau=0.005,
+        gamma=0.99, n_step=1, init_temperature=1.0, target_entropy=None, backup_entropy=True, batch=256,
+        utd=20, max_delta=None, actor_layer_norm=False,
+    )  # fmt: skip
+    assert dict(found.agent) == want
+    assert found.algorithm == "rlpd"
+    assert found.learner.start_steps == 5000 and found.actor.random_steps == 5000
+
+
+def test_cpu_differs_from_full_only_where_its_file_says_so():
+    full, cpu = config.load("full", "gym"), config.load("cpu", "gym")
+    text = (config._SHIPPED / "cpu.toml").read_text()
+    changed = {k for k in full.agent if full.agent[k] != cpu.agent[k]}
+    assert "ensemble" in changed
+    for key in changed:
+        assert f"\n{key} = " in text
+
+
+@pytest.mark.parametrize("preset", config.presets())
+@pytest.mark.parametrize("family", config.FAMILIES)
+def test_every_preset_loads_for_every_family_and_survives_its_file(preset, family, tmp_path):
+    wanted = config.load(preset, family)
+    facts = {"task": '[task]\nrobot = "car" # \\ é\n', "seed": 3, "name": "it's \"x\"\x7f\nend", "cut": True}
+    (tmp_path / "config.toml").write_text(config.dump(wanted, **facts), encoding="utf-8")
+    found, head = config.read(tmp_path)
+    assert found == wanted
+    assert {k: head[k] for k in facts} == facts
+    assert head["format"] == config.RUN_FORMAT and head["git"]
+
+
+def test_the_family_comes_from_the_task():
+    course, gym = config.load("cpu", "course"), config.load("cpu", "gym")
+    assert course.agent["max_delta"] == 0.2 and gym.agent["max_delta"] is None
+    assert course.learner.start_steps < gym.learner.start_steps
+
+
+def test_presets_stack_left_to_right_and_set_wins(tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        "[agent]\nutd = 7\ngamma = 0.9\n"
+        "[family.course.agent]\ngamma = 0.95\n[family.gym.agent]\ntau = 1\n"
+    )
+    found = config.load(f"cpu,{mine}", "course", ["agent.utd=9", "learner.snapshot_every_s=5"])
+    assert found.agent["utd"] == 9 and found.agent["gamma"] == 0.95 and found.agent["ensemble"] == 2
+    assert found.agent["tau"] == 0.005
+    assert found.learner.snapshot_every_s == 5.0 and isinstance(found.learner.snapshot_every_s, float)
+
+
+def test_set_takes_toml_values_and_bare_words():
+    found = config.load(
+        "cpu", "course",
+        ["agent.hidden=[64, 64]", "agent.max_delta=none", 'agent.target_entropy="none"', "agent.gamma = 1",
+         "agent.backup_entropy=false", "agent.algorithm=rlpd", "learner.steps=1_000"],
+    )  # fmt: skip
+    assert found.agent["hidden"] == (64, 64) and found.agent["max_delta"] is None
+    assert found.agent["gamma"] == 1.0 and isinstance(found.agent["gamma"], float)
+    assert found.agent["backup_entropy"] is False and found.learner.steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("agent.gama=0.9", "--set: unknown setting agent.gama; valid are ensemble, subset"),
+        ("agnt.gamma=0.9", "--set: unknown setting agnt; valid are agent, learner, actor"),
+        ("agent.gamma=high", "--set: agent.gamma must be a number, not 'high'"),
+        ("agent.gamma=true", "agent.gamma must be a number"),
+        ("agent.gamma=nan", "agent.gamma must be a number"),
+        ("agent.gamma=1.5", "agent.gamma = 1.5 is out of range; between 0 and 1"),
+        ("agent.utd=2.5", "agent.utd must be a whole number, not 2.5"),
+        ("agent.utd=none", "agent.utd must be a whole number"),
+        ("agent.subset=3", "agent.subset = 3 exceeds agent.ensemble = 2"),
+        ("agent.hidden=64", "agent.hidden must be a list of whole numbers"),
+        ("agent.hidden=[64, 1.5]", "agent.hidden must be a whole number, not 1.5"),
+        ("agent.backup_entropy=1", "agent.backup_entropy must be true or false, not 1"),
+        ("agent.algorithm=rlpf", "unknown algorithm 'rlpf'; this installation has rlpd"),
+        ("agent.algorithm=3", "agent.algorithm must be a name in quotes, not 3"),
+        ("gamma=0.9", "write section.key=value"),
+        ("agent.gamma", "write section.key=value"),
+        ("agent.gamma=0.9\nutd=3", "one setting at a time"),
+        ("agent.gamma=[", "is not a TOML value"),
+        ("family.course=1", "valid are agent, learner, actor"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(text, says):
+    with pytest.raises(ConfigError) as caught:
+        config.load("cpu", "course", [text])
+    assert says in str(caught.value) and "\n" not in str(caught.value).replace(text, "")
+
+
+def test_a_wrong_preset_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no preset 'fast'; give cpu, full or the path"):
+        config.load("fast", "course")
+    with pytest.raises(ConfigError, match="unknown family 'swim'; valid are course"):
+        config.load("cpu", "swim")
+    for text, says in (
+        ("[agent", "not valid TOML"),
+        ("agent = 3", "agent must be a table"),
+        ("[agent]\nutdd = 3", r"mine\.toml: unknown setting agent.utdd"),
+        ("[family.swim.agent]\nutd = 3", r"mine\.toml: unknown setting family.swim; valid are course"),
+        ("family = 3", "family must be a table"),
+        ("[family]\ncourse = 3", "must be a table"),
+        ("[learner]\nsteps = 'all'", r"mine\.toml: learner.steps must be a whole number"),
+    ):
+        (tmp_path / "mine.toml").write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            config.load(str(tmp_path / "mine.toml"), "course")
+
+
+def test_a_run_of_another_version_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="not a run folder"):
+        config.read(tmp_path)
+    text = config.dump(config.load("cpu", "course"))
+    for changed in (text.replace("format = 1", "format = 2"), text.replace("[run]", "[ran]"), "run = 3\n"):
+        (tmp_path / "config.toml").write_text(changed)
+        with pytest.raises(ConfigError, match="this version reads 1; open it with the version that made it"):
+            config.read(tmp_path)
+    (tmp_path / "config.toml").write_text(text.replace("utd = 4", "utd = 'x'"))
+    with pytest.raises(ConfigError, match=r"config\.toml: agent.utd must be a whole number"):
+        config.read(tmp_path)
+    (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        config.read(tmp_path)
+
+
+def test_the_schema_is_the_agents_own():
+    pytest.importorskip("jax")
+    from tether.agents import rlpd
+
+    ours = {f.name: f.default for f in dataclasses.fields(config.Rlpd)}
+    theirs = {f.name: f.default for f in dataclasses.fields(rlpd.Config)}
+    assert ours == theirs
+    rlpd.Config(**config.load("cpu", "course").agent)
+
+
+def test_an_algorithm_that_plugs_in_says_what_it_takes(monkeypatch):
+    from tether.launch import catalog
+
+    @dataclasses.dataclass(frozen=True)
+    class Theirs:
+        gamma: float = 0.5
+        width: int = 3
+        style: str = "plain"
+
+    monkeypatch.setattr(catalog, "algorithm", lambda name: type("Module", (), {"Config": Theirs}))
+    found = config.load("cpu", "gym", ["agent.algorithm=theirs", "agent.width=5"])
+    assert found.algorithm == "theirs"
+    assert dict(found.agent) == {"gamma": 0.99, "width": 5, "style": "plain"}
+    with pytest.raises(ConfigError, match="unknown setting agent.utd; valid are gamma, width, style"):
+        config.load("cpu", "gym", ["agent.algorithm=theirs", "agent.utd=5"])
+
+
+def test_policy_spec_is_what_onboard_takes():
+    spec = config.policy_spec(config.load("cpu", "course", ["agent.hidden=[8]"]), 5, 2)
+    weights = {n: np.zeros(s, np.float32) for n, s in _shapes(spec).items()}
+    assert Policy(spec, weights).max_delta == pytest.approx(0.2)
+
+
+def test_config_needs_no_jax():
+    code = "import sys; sys.modules['jax'] = None; from tether.launch import config; config.load()"
+    subprocess.run([sys.executable, "-c", code], check=True)
