@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ MAX_CHECKED = 1000  # recorded observations the two runtimes are compared on
 MIN_TIMED = 500  # forward passes the latency comes from
 MAX_ERROR = 1e-5  # relative, float32
 PERIOD_SHARE = 0.5  # of the control period that the policy may take, p99
+_BREAK = re.compile(r"\n\s*")
 FILES = {"policy.json", "weights.safetensors", "run.py", "__pycache__"}
 
 
@@ -83,7 +85,10 @@ def export(
     }
     checksums = {name: hashlib.sha256(payload).hexdigest() for name, payload in files.items()}
     description["checksums"] = {"policy.json": onboard.digest(description), **checksums}
-    files["policy.json"] = json.dumps(description, indent=1, allow_nan=False).encode() + b"\n"
+    text = json.dumps(description, indent=1, allow_nan=False)
+    # lists of numbers on one line, for people (a raw newline is never inside a JSON string)
+    text = re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", lambda m: f"[{re.sub(_BREAK, ' ', m[1])}]", text)
+    files["policy.json"] = text.encode() + b"\n"
     _write(folder, files)
     return checked
 

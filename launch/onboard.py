@@ -36,7 +36,7 @@ LOG_STD = (-20.0, 2.0)  # RLPD's clip
 NORM_EPSILON = 1e-6  # flax.linen.LayerNorm
 
 _SPEC = {"observation_size", "action_size", "hidden", "max_delta", "layer_norm"}
-_DESCRIPTION = {
+_DESCRIPTION: dict[str, Any] = {
     "format": str, "version": int, "observation": dict, "action": dict, "hz": (int, float), "gate": dict,
     "task": str, "from": dict, "policies": dict, "checked": dict, "checksums": dict,
 }  # fmt: skip
@@ -232,7 +232,7 @@ def _shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     sizes = [spec.get("observation_size"), *sizes, spec.get("action_size")]
     if not all(type(n) is int and 0 < n <= 65_536 for n in sizes):
         raise BundleError(f"layer sizes {sizes!r}: each must be a whole number from 1 to 65536")
-    number = type(delta) in (int, float) and 0 < delta <= 2
+    number = isinstance(delta, (int, float)) and not isinstance(delta, bool) and 0 < delta <= 2
     if type(spec.get("layer_norm", False)) is not bool or not (delta is None or number):
         raise BundleError(f"max_delta = {delta!r}: between 0 and 2, or null; layer_norm: true or false")
     shapes: dict[str, tuple[int, ...]] = {}
