@@ -1,0 +1,47 @@
+# `make demo` and `make test` are the whole set-up: each makes .venv if it is missing, installs, and runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TASK ?= car-loop
+SEEDS ?= 0 1 2 3 4
+
+.PHONY: demo test test-slow bench accept lint clean
+
+demo: $(VENV)/demo
+	$(BIN)/tether demo car
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/bench
+	$(BIN)/python tests/bench/run.py
+
+accept: $(VENV)/demo
+	$(BIN)/python tests/accept.py --task $(TASK) --seeds $(SEEDS)
+
+# The type checker cannot see through the installed mapping of folders; a tree of links can.
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	mkdir -p .typing/tether
+	for room in agents robot_env drivers launch sim; do ln -sfn ../../$$room .typing/tether/$$room; done
+	MYPYPATH=.typing $(BIN)/mypy --no-error-summary -p tether
+
+$(VENV)/demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[learner,sim]'
+	touch $@
+
+$(VENV)/dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[learner,sim,dev]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[learner,sim,dev,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .typing build *.egg-info

@@ -1,0 +1,89 @@
+"""A robot one can read before writing a real one: a point on a plane that goes where it is told.
+
+It has the car's channels and command, counts what is written to it, and can fail on schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .base import DriverError, Reading
+from .car import CHANNELS, COMMAND
+
+__all__ = ["CHANNELS", "COMMAND", "Fake", "fake_twin"]
+
+
+class Fake:
+    """A kinematic car (bicycle model, wheelbase 0.3 m) on simulated time, without walls, delay or noise."""
+
+    channels, command = CHANNELS, COMMAND
+
+    def __init__(self, start: tuple[float, float, float] = (0.0, 0.0, 0.0), fail_after: int | None = None) -> None:
+        self.written: list[np.ndarray] = []
+        self.stops = 0
+        self.fail_after = fail_after  # writes until the device fails
+        self._pose = np.array(start, np.float64)
+        self._command = np.zeros(2)
+        self._time = 0.0
+        self._open = False
+
+    def open(self) -> None:
+        self._open = True
+
+    def now(self) -> float:
+        return self._time
+
+    def sleep(self, seconds: float) -> None:
+        speed, steering = self._command
+        x, y, heading = self._pose
+        heading_rate = speed * math.tan(steering) / 0.3
+        self._pose = np.array([
+            x + seconds * speed * math.cos(heading + heading_rate * seconds / 2),
+            y + seconds * speed * math.sin(heading + heading_rate * seconds / 2),
+            heading + seconds * heading_rate,
+        ])
+        self._time += seconds
+
+    def read(self) -> Reading:
+        if not self._open:
+            raise DriverError("fake: read before open; call open() first")
+        speed, steering = self._command
+        x, y, heading = self._pose
+        turn = speed * math.tan(steering) / 0.3
+        values = {
+            "accel": (0.0, speed * turn, 9.81), "gyro": (0.0, 0.0, turn), "shock": (abs(speed * turn),),
+            "velocity": (speed, 0.0), "wheel_speed": (speed,), "steering": (steering,),
+            "pose": (x, y, math.cos(heading), math.sin(heading)),
+        }
+        return Reading({k: np.array(v, np.float32) for k, v in values.items()}, dict.fromkeys(values, self._time))
+
+    def write(self, command: np.ndarray) -> None:
+        if self.fail_after is not None and len(self.written) >= self.fail_after:
+            raise DriverError(f"fake: failed as scheduled after {self.fail_after} writes")
+        self._command = np.array(command, np.float64)
+        self.written.append(self._command)
+
+    def stop(self) -> None:
+        self.stops += 1
+        self._command = np.zeros(2)
+
+    def close(self) -> None:
+        self.stop()
+        self._open = False
+
+    def place(self, pose: tuple[float, float, float]) -> None:
+        """Stand still at (x m, y m, heading rad)."""
+        self._pose, self._command = np.array(pose, np.float64), np.zeros(2)
+
+    def truth(self) -> dict[str, float]:
+        """What the readings say, and no contacts: there are no walls."""
+        x, y, heading = map(float, self._pose)
+        return {"x": x, "y": y, "heading": heading, "speed": float(self._command[0]), "upright": 1.0, "contacts": 0.0}
+
+
+def fake_twin(start: tuple[float, float, float], **ignored: Any) -> Fake:
+    """As the catalog calls a twin; walls, seed and real time mean nothing to it."""
+    return Fake(start)

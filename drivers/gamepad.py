@@ -1,0 +1,58 @@
+"""A gamepad through Linux's joystick interface: 8-byte events, no dependency, works over SSH."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from .base import DriverError
+
+EVENT = struct.Struct("<IhBB")  # time ms, value, type, number (linux/joystick.h)
+BUTTON, AXIS, INIT = 1, 2, 0x80
+
+
+class Gamepad:
+    """Left stick steers, right trigger or right stick forward drives, button 0 stops."""
+
+    STEER_AXIS, SPEED_AXIS, STOP_BUTTON = 0, 4, 0
+
+    def __init__(self, path: str = "/dev/input/js0") -> None:
+        self._path = path
+        self._file: int | None = None
+        self._axes: dict[int, float] = {}
+        self._buttons: dict[int, bool] = {}
+
+    def open(self) -> None:
+        """Raises DriverError when there is no gamepad."""
+        try:
+            self._file = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            raise DriverError(
+                f"no gamepad at {self._path} ({error.strerror}); plug one in, or use --teleop keyboard"
+            ) from None
+
+    def read(self) -> tuple[float, float, bool]:
+        """(steering -1..1 left positive, speed -1..1, stop) without waiting. Raises DriverError when it is gone."""
+        assert self._file is not None, "open() first"
+        while True:
+            try:
+                event = os.read(self._file, EVENT.size)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise DriverError(f"the gamepad at {self._path} is gone ({error.strerror})") from None
+            if len(event) < EVENT.size:
+                break
+            _, value, kind, number = EVENT.unpack(event)
+            if kind & ~INIT == AXIS:
+                self._axes[number] = value / 32767
+            elif kind & ~INIT == BUTTON:
+                self._buttons[number] = bool(value)
+        steer, speed = -self._axes.get(self.STEER_AXIS, 0.0), -self._axes.get(self.SPEED_AXIS, 0.0)
+        return steer, speed, self._buttons.get(self.STOP_BUTTON, False)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None

@@ -1,0 +1,169 @@
+"""The command line: `tether <command>`. Commands import what they need when they run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+TASK_HELP = "a shipped task (see `tether list`), the path of a .toml file, or gym:<id>"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Expected errors print one line and give 2."""
+    parser = build()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.command(options) or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except expected() as error:
+        print(f"tether: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def expected() -> tuple[type[Exception], ...]:
+    """Errors whose message is all a person needs. Anything else is a defect and keeps its traceback."""
+    from ..drivers.base import DriverError
+    from ..robot_env.record import RecordError
+    from ..robot_env.safety import SafetyError
+    from ..robot_env.task import TaskError
+    from ..robot_env.track import TrackError
+    from .catalog import CatalogError
+    from .config import ConfigError
+    from .folder import RunError
+    from .onboard import BundleError
+    from .wire import WireError
+
+    return (
+        BundleError, CatalogError, ConfigError, DriverError, RecordError, RunError, SafetyError, TaskError,
+        TrackError, WireError, OSError,
+    )  # fmt: skip
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="tether", description="Train a robot on a tether to a workstation; cut it, and it runs on its own."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Any], int | None], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        sub.set_defaults(command=run)
+        return sub
+
+    demo = command("demo", _demo, "no hardware, no arguments: record, course, train in the twin, freeze, drive")
+    demo.add_argument("robot", nargs="?", default="car", choices=["car"], help="which robot (default: car)")
+    demo.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    demo.add_argument("--out", help="folder for the run and the bundle (default: runs/demo-N)")
+    _json(demo)
+
+    run = command("run", _run, "learner and actor on this machine, two processes")
+    _training(run)
+    _driving(run)
+    run.set_defaults(bind=None)
+
+    learner = command("learner", _run, "the learner alone; actors connect to it")
+    _training(learner)
+    learner.add_argument("--bind", default="tcp://127.0.0.1:5555", help="address to listen on (default: %(default)s)")
+
+    actor = command("actor", _actor, "the actor alone: the twin, or with --real the hardware")
+    actor.add_argument("task", nargs="?", help="refuse a learner of another task (default: the learner says)")
+    actor.add_argument("--learner", default="tcp://127.0.0.1:5555", help="the learner's address (default: %(default)s)")
+    actor.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
+    actor.add_argument("--seed", type=int, help="of exploration and the twin (default: the learner's)")
+    _driving(actor)
+
+    record = command("record", _record, "drive, and keep what was driven")
+    record.add_argument("task", help=TASK_HELP)
+    record.add_argument("--teleop", default="script", choices=["script", "keyboard", "gamepad"], help="who drives")
+    record.add_argument("--speed", type=float, default=1.0, help="of the scripted driver, m/s (default: 1.0)")
+    record.add_argument("--laps", type=int, default=1, help="stop after this many (default: 1)")
+    record.add_argument("--quality", type=float, default=1.0, help="0 (wandering) to 1 (clean) of the script")
+    record.add_argument("--out", help="the recording's folder (default: recordings/TASK-N)")
+    record.add_argument("--seed", type=int, default=0, help="of the twin's noise (default: 0)")
+    record.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
+    record.add_argument("--realtime", action="store_true", help="the twin keeps real time (always with a person)")
+    record.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
+    _json(record)
+
+    course = command("course", _course, "a task file from a centre-line CSV or from a recording")
+    course.add_argument("file", help="a .csv (x_m, y_m, w_tr_right_m, w_tr_left_m) or a recording")
+    course.add_argument("--length", type=float, help="scale the closed line to this length, m (CSV)")
+    course.add_argument("--width", type=float, help="free width, m (default: the CSV's, or the recording's task)")
+    course.add_argument("--checkpoints", type=int, help="how many (default: as many of 4 to 8 as say something)")
+    course.add_argument("--out", help="the task file (default: FILE's name with .toml)")
+    _json(course)
+
+    evaluate = command("eval", _eval, "drive without exploration and count")
+    evaluate.add_argument("source", metavar="RUN|BUNDLE|TASK", help="a run folder, a bundle, or with --policy a task")
+    evaluate.add_argument("--policy", choices=["pursuit"], help="a scripted policy instead of a learned one")
+    evaluate.add_argument("--tune", action="store_true", help="search the scripted policy's grid for its best lap")
+    _counting(evaluate)
+
+    export = command("export", _export, "freeze a run's policy into a bundle, checked for equality and latency")
+    export.add_argument("run", help="a run folder")
+    export.add_argument("--out", help="the bundle's folder (default: RUN/bundle)")
+    _json(export)
+
+    drive = command("drive", _drive, "the frozen policy, on NumPy alone")
+    drive.add_argument("bundle", help="a bundle's folder")
+    drive.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
+    _counting(drive)
+
+    report = command("report", _report, "curves, lap times, the map and a replay in one HTML file")
+    report.add_argument("run", help="a run folder")
+    report.add_argument("--out", help="the HTML file (default: RUN/report.html)")
+
+    command("list", _list, "robots, tasks, algorithms, presets")
+    return parser
+
+
+def _training(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("task", help=TASK_HELP)
+    sub.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    sub.add_argument("--steps", type=int, help="stop after this many (default: the preset's)")
+    sub.add_argument("--out", help="the run folder (default: runs/TASK-N)")
+    sub.add_argument("--preset", default="cpu", help="name or .toml path, several with commas (default: cpu)")
+    sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
+    sub.add_argument("--from", dest="start", metavar="RUN", help="start from this run's weights")
+    sub.add_argument("--prior", nargs="+", action="extend", default=[], metavar="FILE|RUN", help="prior data")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in --out (default: runs/latest)")
+    sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+
+
+def _driving(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--realtime", action="store_true", help="the twin keeps real time")
+    sub.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
+
+
+def _counting(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--task", help="drive this task instead of the one it was trained on")
+    sub.add_argument("--episodes", type=int, help="stop after this many")
+    sub.add_argument("--laps", type=int, help="stop after this many (default on a course: 5)")
+    sub.add_argument("--steps", type=int, help="stop after this many")
+    sub.add_argument("--seed", type=int, default=0, help="of the twin's noise (default: 0)")
+    sub.add_argument("--realtime", action="store_true", help="the twin keeps real time")
+    sub.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
+    _json(sub)
+
+
+def _json(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
+
+
+def _say(options: argparse.Namespace, result: dict[str, Any], text: str) -> None:
+    print(text)
+    if options.json:
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The course: checkpoints in order, reward towards the next one, laps, and what counts as trouble."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..drivers.base import Channel, Command, Reading
+from .observe import Observer
+from .reset import DriveReset
+from .task import Outcome, TaskError, TaskSpec
+from .track import Line, resample, walls
+
+GOAL_SCALE_M = 5.0  # divides the distance to the checkpoint in the observation
+# Places on the course's line this far ahead, in the body frame: what FastRLAP's camera sees of the way, from
+# the map alone. Without it the policy must learn the map by heart (README has the ablation).
+PREVIEW_M = (0.5, 1.0, 2.0, 3.0, 4.0)
+PREVIEW_SCALE_M = 2.0
+LINE_STEP_M = 0.25
+
+# Detectors, on measured channels only. FastRLAP/RACER thresholds (systems.md 1.6); `tests/test_course.py`
+# holds them against an hour of pure pursuit.
+COLLISION_MPS2 = 20.0  # horizontal specific force, peak since the last reading
+FLIPPED_MPS2 = -4.0  # vertical specific force: on the roof
+TIPPED_MPS2 = 2.0  # below this for TIPPED_S: lying on a side
+TIPPED_S = 0.5
+STUCK_M = 0.3  # within this for STUCK_S
+STUCK_S = 3.0
+FAIL_PENALTY = 10.0  # plus up to 5 for the force of the hit, FastRLAP inference_agent.py
+
+
+@dataclass
+class Progress:
+    """Where a stream of readings stands on the course. Moved by `Course.advance` alone."""
+
+    goal: int
+    laps: int = 0
+    lap_started: float | None = None  # stamp of the pose that began the lap
+    lap_clean: bool = True  # no trouble since then
+    tipped: int = 0  # ticks in a row
+    trail: deque[np.ndarray] = field(default_factory=deque)  # recent positions, newest last
+
+
+class Course:
+    """A `Task` of kind "course" for a robot that reads pose, velocity, accel and shock."""
+
+    NEEDS = ("pose", "velocity", "accel", "shock")
+
+    def __init__(self, spec: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
+        missing = [n for n in self.NEEDS if n not in {c.name for c in channels}]
+        if missing:
+            raise TaskError(f"{spec.name}: robot {spec.robot} has no channel {', '.join(missing)} for a course")
+        self.spec = spec
+        self._observer = Observer(channels)
+        self._goals = np.array([c.at[:2] for c in spec.checkpoints])  # (k, 2)
+        self._radii = np.array([c.radius_m for c in spec.checkpoints])
+        self._stuck_ticks = max(2, round(STUCK_S * spec.hz))
+        self._tipped_ticks = max(1, round(TIPPED_S * spec.hz))
+        points = np.asarray(spec.course.centerline) if spec.course.centerline else self._goals
+        # without a centre line: a smooth line through the checkpoints
+        self.line = Line.from_points(resample(points, LINE_STEP_M, spec.course.loop), spec.course.loop)
+        self.start = (*map(float, self.line.at(0.0)), float(self.line.heading(0.0)))
+        self._goal_s = np.array([self.line.project(g)[0] for g in self._goals])
+        self._preview = np.asarray(PREVIEW_M)
+        self.rest = command.to_action(np.asarray(command.safe))
+        self.observation_size = self._observer.size + 3 + 2 * len(PREVIEW_M) + command.size
+
+    def walls(self) -> list[np.ndarray]:
+        """Closed polylines (k, 2) in m around the free way; none on an open floor."""
+        course = self.spec.course
+        return walls(np.asarray(course.centerline), course.width_m, course.loop) if course.centerline else []
+
+    def begin(self, reading: Reading) -> Progress:
+        """The goal is the first checkpoint ahead along the course."""
+        s, _, _ = self.line.project(reading.values["pose"][:2])
+        ahead = (self._goal_s - s) % self.line.length
+        ahead[np.linalg.norm(self._goals - reading.values["pose"][:2], axis=1) < self._radii] = np.inf
+        return Progress(goal=int(np.argmin(ahead)))
+
+    def observe(self, progress: Progress, reading: Reading, action: np.ndarray) -> np.ndarray:
+        """Channels; checkpoint in the body frame (unit x, unit y, distance); the way ahead; previous action."""
+        direction, distance = self._to_goal(progress.goal, reading)
+        x, y, c, s = (float(v) for v in reading.values["pose"])
+        along, _, _ = self.line.project((x, y))
+        ahead = self.line.at(along + self._preview) - (x, y)
+        ahead = ahead @ np.array([[c, -s], [s, c]]) / PREVIEW_SCALE_M
+        goal = (direction[0], direction[1], distance / GOAL_SCALE_M)
+        parts = [self._observer(reading), goal, ahead.ravel(), np.clip(action, -1, 1)]
+        return np.concatenate(parts).astype(np.float32)
+
+    def advance(self, progress: Progress, action: np.ndarray, reading: Reading) -> Outcome:
+        """FastRLAP's reward: speed towards the checkpoint, minus a penalty for trouble (systems.md 1.4).
+
+        Computed on the newer reading with the checkpoint that was pursued. A collision or a flip
+        terminates; being stuck truncates.
+        """
+        events: dict[str, float] = {}
+        direction, distance = self._to_goal(progress.goal, reading)
+        reward = float(reading.values["velocity"][:2] @ direction)
+        trouble = self._trouble(progress, reading)
+        if trouble:
+            events[trouble] = 1.0
+            shock = float(reading.values["shock"][0])
+            reward -= FAIL_PENALTY + min(max(shock / 5.0, 0.0), 5.0)
+            progress.lap_clean = False
+            progress.trail.clear()
+            progress.tipped = 0
+        if distance < self._radii[progress.goal]:
+            self._reach(progress, reading, events)
+        return Outcome(reward, trouble in ("collision", "flip"), trouble == "stuck", events, reset=bool(trouble))
+
+    def recover(self, command: Command, reading: Reading, outcome: Outcome) -> DriveReset:
+        """Back off, steer out, turn round; a flip needs a hand."""
+        width = self.spec.course.width_m or 2.0 * float(self._radii.min())
+        return DriveReset(command, self.line, width, self.spec.hz, flipped="flip" in outcome.events)
+
+    def spot(self, reading: Reading) -> tuple[float, float, float]:
+        """Where a hand would set the car down: on the line, facing along it."""
+        s, _, _ = self.line.project(reading.values["pose"][:2])
+        return (*map(float, self.line.at(s)), float(self.line.heading(s)))  # type: ignore[return-value]
+
+    def _to_goal(self, goal: int, reading: Reading) -> tuple[np.ndarray, float]:
+        x, y, c, s = (float(v) for v in reading.values["pose"])
+        dx, dy = self._goals[goal, 0] - x, self._goals[goal, 1] - y
+        distance = math.hypot(dx, dy)
+        scale = 1.0 / max(distance * math.hypot(c, s), 1e-6)
+        return np.array([(c * dx + s * dy) * scale, (c * dy - s * dx) * scale]), distance
+
+    def _reach(self, progress: Progress, reading: Reading, events: dict[str, float]) -> None:
+        if progress.goal == 0:
+            stamp = reading.stamps["pose"]
+            if progress.lap_started is not None:
+                events["lap_time_s"] = stamp - progress.lap_started
+                events["lap_clean"] = float(progress.lap_clean)
+                progress.laps += 1
+            events["lap_started"] = 1.0
+            progress.lap_started, progress.lap_clean = stamp, True
+        progress.goal = (progress.goal + 1) % len(self._goals)
+
+    def _trouble(self, progress: Progress, reading: Reading) -> str:
+        up = float(reading.values["accel"][2])
+        progress.tipped = progress.tipped + 1 if up < TIPPED_MPS2 else 0
+        if up < FLIPPED_MPS2 or progress.tipped >= self._tipped_ticks:
+            return "flip"
+        if float(reading.values["shock"][0]) > COLLISION_MPS2:
+            return "collision"
+        trail = progress.trail
+        trail.append(reading.values["pose"][:2].copy())
+        if len(trail) > self._stuck_ticks:
+            trail.popleft()
+            if np.linalg.norm(np.asarray(trail) - trail[-1], axis=1).max() < STUCK_M:
+                return "stuck"
+        return ""

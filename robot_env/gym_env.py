@@ -1,0 +1,142 @@
+"""Any Gymnasium environment with a Box action space, behind the interface the actor drives a robot by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from ..drivers.base import Channel, Command, Reading
+from .record import Record
+from .task import Outcome, Recovery, TaskError, TaskSpec
+
+PREFIX = "gym:"
+DEFAULT_HZ = 30.0  # for environments that do not say
+
+
+def make(name: str) -> gymnasium.Env:
+    """The environment of `gym:<id>`. Raises TaskError when it is unknown or its spaces do not fit."""
+    try:
+        env = gymnasium.make(name.removeprefix(PREFIX))
+    except (gymnasium.error.Error, ModuleNotFoundError, ImportError) as error:
+        raise TaskError(f"{name}: {error}") from None
+    for space, what in ((env.action_space, "action"), (env.observation_space, "observation")):
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            raise TaskError(f"{name}: its {what} space is {space}; tether trains on one-dimensional Box spaces")
+    if not np.isfinite(env.action_space.low).all() or not np.isfinite(env.action_space.high).all():  # type: ignore[attr-defined]
+        raise TaskError(f"{name}: its action space is unbounded; wrap it in a bounded one")
+    return env
+
+
+def declare(env: gymnasium.Env, hz: float) -> tuple[tuple[Channel, ...], Command]:
+    """The one channel an environment reads and the command it takes."""
+    size, box = env.observation_space.shape[0], env.action_space  # type: ignore[index]
+    channel = Channel("observation", size, "1", hz, 0.0, (1.0,) * size)
+    low, high = tuple(map(float, box.low)), tuple(map(float, box.high))  # type: ignore[attr-defined]
+    n = len(low)
+    rest = tuple((a + b) / 2 for a, b in zip(low, high))
+    names = tuple(f"action{i}" for i in range(n))
+    return (channel,), Command(names, ("1",) * n, low, high, low, high, (np.inf,) * n, rest)
+
+
+def spec(name: str) -> TaskSpec:
+    """The TaskSpec of `gym:<id>`."""
+    env = make(name)
+    hz = float(env.metadata.get("render_fps") or DEFAULT_HZ)
+    limit = env.spec.max_episode_steps if env.spec else None
+    env.close()
+    return TaskSpec(name=name, robot=name, kind="gym", hz=hz, episode_s=(limit or 1000) / hz)
+
+
+class GymTask:
+    """A `Task` whose reward and termination come with the records."""
+
+    start = (0.0, 0.0, 0.0)
+
+    def __init__(self, task: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
+        self.spec = task
+        self.observation_size = channels[0].size
+        self.rest = np.zeros(command.size, np.float32)
+
+    def begin(self, reading: Reading) -> None:
+        """Nothing to keep."""
+
+    def observe(self, progress: Any, reading: Reading, action: np.ndarray) -> np.ndarray:
+        """The environment's own observation."""
+        return reading.values["observation"]
+
+    def advance(self, progress: Any, action: np.ndarray, reading: Reading) -> Outcome:
+        """Not known from readings: a recording of this environment is used as it is."""
+        raise TaskError(f"{self.spec.name}: rewards cannot be computed from readings")
+
+    def recover(self, command: Command, reading: Reading, outcome: Outcome) -> Recovery:
+        """Gymnasium environments reset themselves."""
+        raise TaskError(f"{self.spec.name}: has no reset by motion")
+
+    def spot(self, reading: Reading) -> tuple[float, float, float]:
+        """Nothing to set down."""
+        return self.start
+
+
+class GymEnv(gymnasium.Env):
+    """Actions in [-1, 1] onto the environment's box, and a Record for every step."""
+
+    def __init__(self, task: GymTask, env: gymnasium.Env, command: Command) -> None:
+        self.task, self.env, self.command = task, env, command
+        self.on_record: list[Callable[[Record], None]] = []
+        self.source, self.version = "policy", 0
+        self.action = task.rest
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (command.size,), np.float32)
+        self.observation_space = env.observation_space
+        self._seq, self._ticks, self._segment = 0, 0, 0
+        self._reading = self._read(np.zeros(task.observation_size))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Close the segment and start an episode. `seed` as in Gymnasium."""
+        if self._segment:
+            self._emit(self._reading, None, 0.0, False, False)
+        self._segment = 0
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._reading = self._read(obs)
+        return self._reading.values["observation"], info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """One step; `action` in [-1, 1]."""
+        self.action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
+        box = self.env.action_space
+        native = self.command.to_command(self.action).astype(box.dtype)
+        obs, reward, terminated, truncated, info = self.env.step(native)
+        before, self._reading = self._reading, self._read(obs)
+        self._ticks += 1
+        self._segment += 1
+        self._emit(before, self.action, float(reward), bool(terminated), bool(truncated and not terminated))
+        return self._reading.values["observation"], float(reward), bool(terminated), bool(truncated), info
+
+    def close(self) -> None:
+        """End the open segment."""
+        if self._segment:
+            self._emit(self._reading, None, 0.0, False, False)
+            self._segment = 0
+        self.env.close()
+
+    def _read(self, obs: np.ndarray) -> Reading:
+        values = {"observation": np.asarray(obs, np.float32).copy()}
+        return Reading(values, {"observation": self._time()})
+
+    def _time(self) -> float:
+        return self._ticks / self.task.spec.hz
+
+    def _emit(
+        self, reading: Reading, action: np.ndarray | None, reward: float, terminated: bool, truncated: bool
+    ) -> None:
+        self._seq += 1
+        record = Record(
+            seq=self._seq, time=self._time(), reading=reading, action=action, reward=reward,
+            terminated=terminated, truncated=truncated, source=self.source, version=self.version, events={},
+        )
+        for observer in self.on_record:
+            observer(record)

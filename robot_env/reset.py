@@ -1,0 +1,91 @@
+"""Reset by driving: back off, steer out, turn round, until the car stands in the course's direction."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..drivers.base import Command, Reading
+from .track import Line
+
+PAUSE_S = 0.3  # let the car and its sensors settle (RACER: 0.5 s)
+BACK_MPS = -1.0  # FastRLAP: 1 s of raw speed -1 m/s; here until the way ahead is free
+FORWARD_MPS = 0.8
+BACK_S, FORWARD_S = 1.6, 2.5  # then try the other way
+BLOCKED_S, BLOCKED_M = 0.5, 0.08  # moved less than this in that time: something is in the way
+LOOKAHEAD_M = 0.8
+ALIGNED_RAD = 0.5
+CLEAR_M = 0.3  # driven forward without being blocked
+UPRIGHT_MPS2 = 7.0  # vertical specific force of a car on its wheels
+
+
+class DriveReset:
+    """A `Recovery` for a robot that takes (speed m/s, steering rad) and reads pose and accel."""
+
+    def __init__(self, command: Command, line: Line, width_m: float, hz: float, flipped: bool) -> None:
+        self.needs_hand = flipped
+        self._command, self._line, self._hz = command, line, hz
+        self._free = max(0.2, width_m / 2 - 0.3)  # how far off the line is still well inside
+        self._phase, self._ticks, self._switches = "pause", 0, 0
+        self._trail: list[np.ndarray] = []
+
+    def wish(self, reading: Reading) -> np.ndarray | None:
+        """(2,) action-unit wish, or None when the car can try again."""
+        if self.needs_hand:  # a person sets it on its wheels; the motors rest until then
+            self.needs_hand = float(reading.values["accel"][2]) < UPRIGHT_MPS2
+            return self._wish(0.0, 0.0)
+        position = reading.values["pose"][:2].astype(np.float64)
+        angle, heading_error, offset = self._aim(reading)
+        self._trail.append(position)
+        self._ticks += 1
+        elapsed = self._ticks / self._hz
+        moved = float(np.linalg.norm(position - self._trail[0]))
+        if self._phase == "pause":
+            if elapsed >= PAUSE_S:
+                self._switch("back")
+            return self._wish(0.0, 0.0)
+        if self._phase == "back":
+            turned = abs(angle) < 0.3 and moved > 0.25
+            if turned or self._blocked() or elapsed > BACK_S:
+                self._switch("forward")
+        elif self._aligned(angle, heading_error, offset) and moved > CLEAR_M:
+            return None
+        elif self._blocked() or elapsed > FORWARD_S:
+            self._switch("back")
+        return self._drive(angle)
+
+    def _drive(self, angle: float) -> np.ndarray:
+        full = self._command.high[1]
+        # every third attempt keeps the wheels straight: what full lock could not free, that may
+        steer = 0.0 if self._switches % 6 >= 4 else float(np.clip(1.5 * angle, -full, full))
+        return self._wish(FORWARD_MPS, steer) if self._phase == "forward" else self._wish(BACK_MPS, -steer)
+
+    def _aim(self, reading: Reading) -> tuple[float, float, float]:
+        """Angle to a point ahead on the line, heading error (rad, body frame), offset from the line (m)."""
+        x, y, c, s = (float(v) for v in reading.values["pose"])
+        heading = math.atan2(s, c)
+        along, offset, _ = self._line.project(np.array([x, y]))
+        target = self._line.at(along + LOOKAHEAD_M)
+        angle = _wrap(math.atan2(target[1] - y, target[0] - x) - heading)
+        return angle, _wrap(float(self._line.heading(along + LOOKAHEAD_M / 2)) - heading), float(offset)
+
+    def _aligned(self, angle: float, heading_error: float, offset: float) -> bool:
+        return abs(angle) < ALIGNED_RAD and abs(heading_error) < ALIGNED_RAD + 0.2 and abs(offset) < self._free
+
+    def _blocked(self) -> bool:
+        window = max(2, round(BLOCKED_S * self._hz))
+        if len(self._trail) <= window:
+            return False
+        return float(np.linalg.norm(self._trail[-1] - self._trail[-1 - window])) < BLOCKED_M
+
+    def _switch(self, phase: str) -> None:
+        self._phase, self._ticks, self._trail = phase, 0, self._trail[-1:]
+        self._switches += 1
+
+    def _wish(self, speed: float, steering: float) -> np.ndarray:
+        return self._command.to_action(np.array([speed, steering]))
+
+
+def _wrap(angle: float) -> float:
+    return math.remainder(angle, 2 * math.pi)

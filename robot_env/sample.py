@@ -1,0 +1,90 @@
+"""From records to what a learner trains on: the fold that gives a stream of readings its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .record import Record
+from .task import Task
+
+TRAINED_SOURCES = ("policy", "takeover", "teacher")
+BOX_TOLERANCE = 1e-4  # an action this far outside [-1, 1] is rounding
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One step as the learner stores it; `action` None is the observation that ends a segment."""
+
+    obs: np.ndarray  # (o,) float32
+    prev_action: np.ndarray  # (a,) float32, in [-1, 1]
+    action: np.ndarray | None  # (a,) float32, in [-1, 1]
+    reward: float
+    terminated: bool
+    truncated: bool
+    train: bool  # False where the command left the action box, and for resets (DESIGN law 5)
+
+
+class Fold:
+    """Turns the records of one stream, in order, into samples of a task.
+
+    With `relabel` the reward and the termination are computed again by the task (a recording made for
+    another task, or before there was one); otherwise they are the recorded ones.
+    """
+
+    def __init__(self, task: Task, relabel: bool = False) -> None:
+        self._task, self._relabel = task, relabel
+        self._progress: Any = None
+        self._action = task.rest
+        self._pending: Sample | None = None
+        self._acted = False  # the record before had an action, so time has passed
+
+    def push(self, record: Record) -> list[Sample]:
+        """The samples that `record` completes: itself, or with `relabel` the one before it."""
+        outcome = None
+        if self._progress is None:
+            self._progress = self._task.begin(record.reading)
+        elif self._acted:
+            outcome = self._task.advance(self._progress, self._action, record.reading)
+        before = np.clip(self._action, -1.0, 1.0)
+        obs = self._task.observe(self._progress, record.reading, self._action)
+        action = None
+        if record.action is not None:
+            self._action = record.action
+            action = np.clip(record.action, -1.0, 1.0)
+        self._acted = action is not None
+        train = (
+            action is not None
+            and record.source in TRAINED_SOURCES
+            and bool((np.abs(self._action) <= 1.0 + BOX_TOLERANCE).all())
+        )
+        sample = Sample(obs, before, action, record.reward, record.terminated, record.truncated, train)
+        if not self._relabel:
+            return [sample]
+        done, self._pending = self._pending, sample if action is not None else None
+        out = []
+        if done is not None and outcome is not None:
+            ended = outcome.terminated or outcome.truncated
+            out.append(
+                replace(done, reward=outcome.reward, terminated=outcome.terminated, truncated=outcome.truncated)
+            )
+            if ended and action is not None:  # the task ends here though the recording goes on
+                out.append(replace(sample, action=None, train=False))
+        if action is None:
+            out.append(sample)
+        return out
+
+
+def samples(task: Task, records: Iterable[Record]) -> Iterator[Sample]:
+    """The samples of a recording under `task`, closed by a final observation even if it was cut short."""
+    fold = Fold(task, relabel=True)
+    last: Sample | None = None
+    for record in records:
+        for last in fold.push(record):
+            yield last
+    pending = fold._pending
+    if pending is not None:
+        yield replace(pending, action=None, train=False)

@@ -1,0 +1,113 @@
+"""Who may import whom, and which dependency comes in through which room."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("agents", "robot_env", "drivers", "sim", "launch")
+MAY_IMPORT = {
+    "drivers": set(),
+    "robot_env": {"drivers.base"},
+    "sim": {"drivers.base", "drivers.car"},
+    "agents": set(),
+    "launch": {"agents", "robot_env", "drivers", "sim"},
+}
+DOORS = {
+    "jax": {"agents", "launch"},
+    "flax": {"agents"},
+    "optax": {"agents"},
+    "safetensors": {"agents", "launch"},
+    "zmq": {"launch"},
+    "msgpack": {"launch", "robot_env"},
+    "mujoco": {"sim"},
+    "gymnasium": {"robot_env", "launch"},
+    "tensorboardX": {"launch"},
+    "tomli": {"robot_env", "launch"},
+    "numpy": set(ROOMS),
+}
+SOURCES = [(room, path) for room in ROOMS for path in sorted((ROOT / room).glob("**/*.py"))]
+LIMIT_FILE, LIMIT_FUNCTION, LIMIT_CORE = 450, 60, 4500
+
+
+def imports(tree: ast.AST) -> list[tuple[int, str]]:
+    """(level, dotted name) of every import in a module."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level and not node.module:  # from . import x; from .. import room
+                found += [(node.level, alias.name) for alias in node.names]
+            else:
+                module = node.module or ""
+                found += [(node.level, f"{module}.{a.name}" if "." not in module else module) for a in node.names]
+    return found
+
+
+@pytest.mark.parametrize("room, path", SOURCES, ids=[str(p.relative_to(ROOT)) for _, p in SOURCES])
+def test_a_room_imports_only_what_it_may(room: str, path: Path) -> None:
+    for level, name in imports(ast.parse(path.read_text())):
+        head = name.split(".")[0]
+        if level == 2:
+            allowed = any(name == a or name.startswith(a + ".") for a in MAY_IMPORT[room])
+            assert allowed, f"{path.name}: {room} may not import {name}; it may import {MAY_IMPORT[room]}"
+        elif level == 0:
+            assert head not in (*ROOMS, "tether"), f"{path.name}: import {name} relatively"
+            if head not in sys.stdlib_module_names:
+                doors = DOORS.get(head, set())
+                assert room in doors, f"{path.name}: {head} comes in through {sorted(doors)} only"
+
+
+def code_lines(tree: ast.AST, source: str) -> set[int]:
+    """Line numbers that are neither blank, comment nor docstring."""
+    lines = {i for i, text in enumerate(source.splitlines(), 1) if text.strip() and not text.strip().startswith("#")}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            doc = node.body[0]
+            lines -= set(range(doc.lineno, (doc.end_lineno or doc.lineno) + 1))
+    return lines
+
+
+def test_files_and_functions_are_small_and_the_core_stays_within_its_budget() -> None:
+    total, large = 0, []
+    for _, path in SOURCES:
+        source = path.read_text()
+        tree = ast.parse(source)
+        lines = code_lines(tree, source)
+        total += len(lines)
+        if len(lines) > LIMIT_FILE:
+            large.append(f"{path.relative_to(ROOT)}: {len(lines)}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                inside = len([n for n in lines if node.lineno <= n <= (node.end_lineno or 0)])
+                if inside > LIMIT_FUNCTION:
+                    large.append(f"{path.relative_to(ROOT)}:{node.name}: {inside}")
+    print(f"core: {total} lines of {LIMIT_CORE}")
+    assert not large, f"split these: {large}"
+    assert total <= LIMIT_CORE
+
+
+def test_every_folder_is_shipped() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {p.parent for room in ROOMS for p in (ROOT / room).glob("**/*") if p.is_file()}
+    folders = {f for f in folders if "__pycache__" not in f.parts}
+    assert {f"tether.{'.'.join(f.relative_to(ROOT).parts)}" for f in folders} == set(listed)
+
+
+def test_nothing_unpickles_or_evaluates() -> None:
+    forbidden = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}
+    for _, path in SOURCES:
+        tree = ast.parse(path.read_text())
+        names = {name.split(".")[0] for _, name in imports(tree)}
+        assert not names & forbidden, f"{path}: {names & forbidden}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}"
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, f"{path}"
