@@ -6,6 +6,7 @@ Lengths in m, map frame. A closed line does not repeat its first point.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ CELL_M = 0.04  # grid of the distance field the walls are traced on
 MAX_NODES = 16_000_000
 SIMPLIFY_M = 0.01  # walls are thinned to this tolerance
 STEP_M = 0.25  # spacing of a lap line
+SMOOTH_M = 0.75  # half width of the smoothing of a driven lap
+LAP_M = 5.0  # shorter is no lap
+MAX_STARTS = 4000  # positions a lap is looked for from; so far ahead, too, in steps of STEP_M
 CHECKPOINTS = (4, 8)  # fewest and most that are chosen; FastRLAP and RACER ran 3-6 (systems.md 1.5)
 RADIUS_M = 1.0  # of a checkpoint where no width is known (RACER's default)
 MARGIN_M = 0.25  # a checkpoint reaches this far beyond the walls, so that it cannot be driven past
@@ -58,13 +62,13 @@ class Line:
     def at(self, s: float | np.ndarray) -> np.ndarray:
         """(..., 2) point at `s` m along; a loop wraps round, an open line stops at its ends."""
         index, t = self._locate(s)
-        x, y, dx, dy, _, _ = self._segments
-        return np.stack((x[index] + t * dx[index], y[index] + t * dy[index]), axis=-1)
+        vector = self._segments[2:4].T[index]
+        return self.points[index] + (t * vector if isinstance(t, float) else t[..., None] * vector)
 
     def heading(self, s: float | np.ndarray) -> np.ndarray:
         """(...) rad, direction of travel at `s` m along; it turns evenly between points."""
         index, t = self._locate(s)
-        t = np.asarray(t)[..., None]
+        t = t if isinstance(t, float) else t[..., None]
         tangent = (1 - t) * self.tangents[index] + t * self.tangents[(index + 1) % len(self.points)]
         return np.arctan2(tangent[..., 1], tangent[..., 0])
 
@@ -106,12 +110,17 @@ class Line:
             apart = np.minimum(apart, self.length - apart)
         return apart <= window_m + (length + length[near]) / 2
 
-    def _locate(self, s: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _locate(self, s: float | np.ndarray) -> tuple[int | np.ndarray, float | np.ndarray]:
+        """Segment and share of it; plain numbers for a plain number, which is ten times as fast."""
+        lengths = self._segments[4]
+        if isinstance(s, (float, int)):
+            s = float(s % self.length if self.loop else min(max(s, 0.0), self.length))
+            i = min(bisect_right(self.along, s), len(lengths)) - 1
+            return i, float(min((s - self.along[i]) / lengths[i], 1.0))
         s = np.asarray(s, np.float64)
         s = s % self.length if self.loop else np.clip(s, 0.0, self.length)
-        length = self._segments[4]
-        index = np.clip(np.searchsorted(self.along, s, side="right") - 1, 0, len(length) - 1)
-        return index, np.clip((s - self.along[index]) / length[index], 0.0, 1.0)
+        index = np.minimum(np.searchsorted(self.along, s, side="right"), len(lengths)) - 1
+        return index, np.minimum((s - self.along[index]) / lengths[index], 1.0)
 
 
 def read_csv(
@@ -385,6 +394,183 @@ def _distinct(points: np.ndarray, loop: bool) -> np.ndarray:
     return points
 
 
+def find_loop(positions: np.ndarray, close_m: float = RADIUS_M) -> tuple[int, int]:
+    """(start, stop): `positions[start:stop]` (n, 2) is one lap, the cleanest where several were driven.
+
+    A lap comes back to within `close_m` of where it began, going the same way, after 5 m or more.
+    Raises TrackError when the drive never closes.
+    """
+    positions = np.asarray(positions, np.float64)
+    kept = _moved(positions, STEP_M)
+    points = positions[kept]
+    if len(points) * STEP_M < LAP_M:
+        raise TrackError(f"the drive is only {len(points) * STEP_M:.1f} m long; drive a whole lap and a bit")
+    steps = np.diff(points, axis=0)
+    along = np.concatenate(([0.0], np.cumsum(np.hypot(steps[:, 0], steps[:, 1]))))
+    headings = np.arctan2(steps[:, 1], steps[:, 0])[np.minimum(np.arange(len(points)), len(steps) - 1)]
+    turns = np.abs((np.diff(headings) + math.pi) % (2 * math.pi) - math.pi)
+    turned = np.concatenate(([0.0], np.cumsum(turns)))
+    laps, nearest = [], math.inf  # laps: start, stop, length, what speaks against it
+    for i in range(0, len(points), 1 + len(points) // MAX_STARTS):
+        after = slice(i, i + MAX_STARTS)
+        back = (along[after] - along[i] >= LAP_M) & (np.cos(headings[after] - headings[i]) > 0.5)
+        later = i + np.flatnonzero(back)
+        gaps = np.hypot(points[later, 0] - points[i, 0], points[later, 1] - points[i, 1])
+        nearest = min(nearest, float(gaps.min(initial=math.inf)))
+        close = np.flatnonzero(gaps < close_m)
+        if len(close):  # the first time back, where it is closest; needless turns, as after a crash, count
+            close = close[along[later[close]] < along[later[close[0]]] + 2 * close_m]
+            k = int(close[gaps[close].argmin()])
+            j = int(later[k])
+            laps.append((i, j, along[j] - along[i], turned[j] - turned[i] + 4 * gaps[k]))
+    if not laps:
+        how = f"only to {nearest:.1f} m from" if math.isfinite(nearest) else "nowhere near"
+        raise TrackError(
+            f"the drive never closes: it came back {how} where it had been; drive past the start"
+        )
+    found = np.array(laps)
+    usual = np.abs(found[:, 2] / np.median(found[:, 2]) - 1) < 0.3  # going back and forth is no lap
+    start, stop = found[np.where(usual, found[:, 3], np.inf).argmin(), :2].astype(int)
+    return int(kept[start]), int(kept[stop])
+
+
+def lap_line(lap: np.ndarray, spacing: float = STEP_M) -> np.ndarray:
+    """(m, 2) evenly spaced, smoothed closed line of one lap of noisy positions (n, 2) from `find_loop`."""
+    lap = np.asarray(lap, np.float64)
+    lap = lap[_moved(lap, 0.05)]
+    if len(lap) < 8:
+        raise TrackError(f"a lap of {len(lap)} positions is too short to follow")
+    # the end meets the start over the last quarter, not with a step
+    blend = np.clip(np.linspace(-3.0, 1.0, len(lap)), 0.0, 1.0)[:, None]
+    tangent = lap[1] - lap[0]
+    gap = lap[0] - lap[-1]
+    sideways = gap - tangent * (gap @ tangent) / max(float(tangent @ tangent), 1e-12)
+    line = Line.from_points(lap + blend * sideways, True)
+    count = max(16, round(line.length / 0.05))
+    points = line.at(np.arange(count) * (line.length / count))
+    window = max(1, round(SMOOTH_M / line.length * count)) // 2
+    for _ in range(2):  # twice a moving average: a triangular one
+        wrapped = np.vstack((points[-window:], points, points[:window])) if window else points
+        sums = np.cumsum(np.vstack((np.zeros((1, 2)), wrapped)), axis=0)
+        points = (sums[2 * window + 1 :] - sums[: -2 * window - 1]) / (2 * window + 1)
+    return resample(points, spacing, True)
+
+
+def _moved(positions: np.ndarray, step_m: float) -> np.ndarray:
+    """Indices at least `step_m` from the one before: standing still and its noise drop out."""
+    kept: list[int] = []
+    x = y = math.inf
+    for i, (px, py) in enumerate(positions.tolist()):
+        if not kept or math.hypot(px - x, py - y) >= step_m:
+            kept.append(i)
+            x, y = px, py
+    return np.array(kept, int)
+
+
+def place_checkpoints(
+    line: np.ndarray,
+    count: int | None = None,
+    loop: bool = True,
+    centerline: np.ndarray | None = None,
+    width_m: float | None = None,
+) -> tuple[np.ndarray, float]:
+    """Checkpoints (c, 2) on a driven line (n, 2), in order, and their radius in m.
+
+    Placed by dynamic programming where they say most: the way straight to the next one keeps to the
+    driven line and to its direction. The first lies ahead of the start. Without `count` there are 4 to
+    8, as few as keep the straight way inside the corridor. With a width none can be driven past inside it.
+    """
+    if count is not None and not 2 <= count <= 50:
+        raise TrackError(f"{count} checkpoints; a course takes 2 to 50, and 4 to 8 are usual")
+    driven = Line.from_points(line, loop)
+    free = RADIUS_M if width_m is None else width_m / 2
+    radius = RADIUS_M if width_m is None else free + MARGIN_M
+    if width_m is not None and centerline is not None:
+        middle = Line.from_points(centerline, loop)
+        radius += max(abs(middle.project(p)[1]) for p in driven.points)
+    radius = math.ceil(20 * radius - 1e-9) / 20
+    size = int(np.clip(2 * driven.length, 64, 128))  # places to choose from
+    s = np.linspace(0.0, driven.length, size, endpoint=not loop)
+    cost = _leg_costs(driven, s, radius, free)
+    for tried in [count] if count else range(CHECKPOINTS[0], CHECKPOINTS[1] + 1):
+        crowded = _ahead(driven, s) < min(2 * radius, driven.length / (2 * tried))
+        chosen = s[_cheapest(np.where(crowded, np.inf, cost), tried, loop)]
+        if _strays(driven, chosen) < free:
+            break
+    first = int(np.argmax(chosen >= min(radius, chosen[-1]))) if loop else 0
+    return driven.at(np.roll(chosen, -first)), radius
+
+
+def _ahead(line: Line, s: np.ndarray) -> np.ndarray:
+    """(m, m) m from place i forward to place j; on an open line negative where j lies behind."""
+    ahead = s[None, :] - s[:, None]
+    return ahead % line.length if line.loop else ahead
+
+
+def _leg_costs(line: Line, s: np.ndarray, radius: float, free: float) -> np.ndarray:
+    """(m, m) what a leg from checkpoint i to j costs, in m: how badly the way straight to j serves there.
+
+    Summed along the leg: 1 - cos of the angle between that way and the line, until j's radius, where the
+    next one takes over; and how far the line leaves the chord from i to j, in free widths squared. Then
+    what is skipped when j is reached early, from a stretch beside it.
+    """
+    points, ahead, step = line.at(s), _ahead(line, s), float(s[1] - s[0])
+    headings = line.heading(s)
+    to = points[None, :] - points[:, None]  # (m, m, 2) from q to j
+    distance = np.hypot(to[..., 0], to[..., 1])
+    along = to[..., 0] * np.cos(headings)[:, None] + to[..., 1] * np.sin(headings)[:, None]
+    missed = np.where(ahead >= radius, 1.0 - along / np.maximum(distance, 1e-9), 0.0)  # (q, j)
+    reach = radius + free
+    skipped = np.where((distance < reach) & (ahead > 1.6 * reach), ahead, 0.0)
+    size = len(s)
+    cost = np.full((size, size), np.inf)
+    for j in range(size):
+        before = (j - np.arange(1, size)) % size if line.loop else np.arange(j - 1, -1, -1)
+        x, y = to[before, j].T  # from place q, and also the chord from i; (i, q) below
+        t = np.clip((x[:, None] * x + y[:, None] * y) / np.maximum(x * x + y * y, 1e-9)[:, None], 0.0, 1.0)
+        off = (x - t * x[:, None]) ** 2 + (y - t * y[:, None]) ** 2
+        strayed = np.tril(off**2).sum(axis=1) / free**4
+        cost[before, j] = step * (np.cumsum(missed[before, j]) + strayed)
+        cost[before, j] += np.maximum.accumulate(skipped[before, j])
+    return cost
+
+
+def _cheapest(cost: np.ndarray, count: int, loop: bool) -> np.ndarray:
+    """(count,) places in order whose legs cost least in sum: from the last to the first in a loop, else
+    from place 0, which is no checkpoint, to the last place."""
+    size, best, chosen = len(cost), math.inf, np.zeros(0, int)
+    for first in range(size - count + 1) if loop else [0]:
+        legs = np.where(np.tri(size - first, dtype=bool), np.inf, cost[first:, first:])
+        total = np.where(np.arange(size - first) == 0, 0.0, np.inf)  # of the best way here
+        came = []
+        for _ in range(count - loop):
+            ways = total[:, None] + legs
+            came.append(ways.argmin(axis=0))
+            total = ways.min(axis=0)
+        if loop:
+            total = total + cost[first:, first]
+        last = int(total.argmin()) if loop else size - 1
+        if total[last] < best:
+            best, places = float(total[last]), [last]
+            for step in reversed(came):
+                places.append(int(step[places[-1]]))
+            chosen = first + np.array(places[::-1][0 if loop else 1 :])
+    if math.isinf(best):
+        raise TrackError(f"there is no room for {count} checkpoints on this course; use fewer")
+    return chosen
+
+
+def _strays(line: Line, chosen: np.ndarray) -> float:
+    """How far (m) the line leaves the straight way between checkpoints at `chosen` m along."""
+    starts = np.roll(chosen, 1) if line.loop else np.concatenate(([0.0], chosen[:-1]))
+    most = 0.0
+    for a, b in zip(starts, chosen, strict=True):
+        between = line.at(a + np.linspace(0.0, 1.0, 50) * ((b - a) % line.length if line.loop else b - a))
+        chord = Line.from_points(between[[0, -1]], False)
+        most = max(most, *(abs(chord.project(p)[1]) for p in between))
+    return most
+
+
 def task_toml(
     centerline: np.ndarray,
     width_m: float,
@@ -395,12 +581,12 @@ def task_toml(
     episode_s: float = 60,
 ) -> str:
     """The text of a car's task file; points rounded to mm. An empty centre line leaves the floor open."""
-    pairs = [f"[{x:.3f}, {y:.3f}]" for x, y in np.asarray(centerline) + 0.0]
+    pairs = [f"[{x:.3f}, {y:.3f}]" for x, y in centerline]
     rows = [", ".join(pairs[i : i + 6]) for i in range(0, len(pairs), 6)]
     lines = ["[task]", 'robot = "car"', 'kind = "course"', f"hz = {hz:g}", f"episode_s = {episode_s:g}", ""]
     lines += ["[course]", f"loop = {str(loop).lower()}"]
     if rows:
-        lines += [f"width_m = {width_m:.3f}".rstrip("0"), "centerline = [", *(f"  {r}," for r in rows), "]"]
+        lines += [f"width_m = {round(width_m, 3):g}", "centerline = [", *(f"  {r}," for r in rows), "]"]
     for x, y in checkpoints:
         lines += ["", "[[checkpoint]]", f"at = [{x:.3f}, {y:.3f}]", f"radius_m = {round(radius_m, 3):g}"]
     return "\n".join(lines).replace("-0.000", "0.000") + "\n"
