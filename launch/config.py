@@ -54,6 +54,7 @@ class Rlpd:
     utd: int = _limited(20, 1, 100)
     max_delta: float | None = _limited(None, 1e-3, 2)
     actor_layer_norm: bool = False
+    layer_norm: bool = True
 
 
 SCHEMAS: dict[str, Any] = {"rlpd": Rlpd}
@@ -136,6 +137,8 @@ def _merge(preset: str, family: str, tables: list[tuple[str, dict[str, Any]]]) -
             for key, value in values.items():
                 merged[section][key] = _typed(value, rows[key], f"{source}: {section}.{key}")
     agent = merged["agent"]
+    if schema is Rlpd and agent["batch"] % 2:
+        raise ConfigError(f"agent.batch = {agent['batch']} must be even: half of it is prior data")
     if schema is Rlpd and agent["subset"] > agent["ensemble"]:
         raise ConfigError(f"agent.subset = {agent['subset']} exceeds agent.ensemble = {agent['ensemble']}")
     return Config(preset, family, algorithm, agent, Learner(**merged["learner"]), Actor(**merged["actor"]))
@@ -231,18 +234,6 @@ def _number(value: Any, kind: str, low: float, high: float, where: str) -> int |
 def with_steps(config: Config, steps: int) -> Config:
     """The same settings for another length of training (`--steps`)."""
     return replace(config, learner=replace(config.learner, steps=steps))
-
-
-def policy_spec(config: Config, observation_size: int, action_size: int) -> dict[str, Any]:
-    """The layers of the policy, as `onboard.Policy` takes them."""
-    agent = config.agent
-    return {
-        "observation_size": observation_size,
-        "action_size": action_size,
-        "hidden": list(agent["hidden"]),
-        "max_delta": agent.get("max_delta"),
-        "layer_norm": bool(agent.get("actor_layer_norm", False)),
-    }
 
 
 def dump(config: Config, **run: Any) -> str:

@@ -6,11 +6,9 @@ import dataclasses
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from tether.launch import config
 from tether.launch.config import ConfigError
-from tether.launch.onboard import Policy, _shapes
 
 
 def test_full_is_rlpd_as_published():
@@ -18,7 +16,7 @@ def test_full_is_rlpd_as_published():
     want = dict(
         ensemble=10, subset=2, hidden=(256, 256), critic_lr=3e-4, actor_lr=3e-4, temp_lr=3e-4, tau=0.005,
         gamma=0.99, n_step=1, init_temperature=1.0, target_entropy=None, backup_entropy=True, batch=256,
-        utd=20, max_delta=None, actor_layer_norm=False,
+        utd=20, max_delta=None, actor_layer_norm=False, layer_norm=True,
     )  # fmt: skip
     assert dict(found.agent) == want
     assert found.algorithm == "rlpd"
@@ -87,6 +85,7 @@ def test_set_takes_toml_values_and_bare_words():
         ("agent.utd=2.5", "agent.utd must be a whole number, not 2.5"),
         ("agent.utd=none", "agent.utd must be a whole number"),
         ("agent.subset=3", "agent.subset = 3 exceeds agent.ensemble = 2"),
+        ("agent.batch=255", "agent.batch = 255 must be even"),
         ("agent.hidden=64", "agent.hidden must be a list of whole numbers"),
         ("agent.hidden=[64, 1.5]", "agent.hidden must be a whole number, not 1.5"),
         ("agent.backup_entropy=1", "agent.backup_entropy must be true or false, not 1"),
@@ -165,12 +164,6 @@ def test_an_algorithm_that_plugs_in_says_what_it_takes(monkeypatch):
     assert dict(found.agent) == {"gamma": 0.99, "width": 5, "style": "plain"}
     with pytest.raises(ConfigError, match="unknown setting agent.utd; valid are gamma, width, style"):
         config.load("cpu", "gym", ["agent.algorithm=theirs", "agent.utd=5"])
-
-
-def test_policy_spec_is_what_onboard_takes():
-    spec = config.policy_spec(config.load("cpu", "course", ["agent.hidden=[8]"]), 5, 2)
-    weights = {n: np.zeros(s, np.float32) for n, s in _shapes(spec).items()}
-    assert Policy(spec, weights).max_delta == pytest.approx(0.2)
 
 
 def test_config_needs_no_jax():

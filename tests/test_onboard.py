@@ -69,8 +69,7 @@ def test_act_equals_jax(layer_norm, max_delta):
     cfg = rlpd.Config(ensemble=2, hidden=(32, 32), max_delta=max_delta, actor_layer_norm=layer_norm)
     state = rlpd.init(cfg, jax.random.key(0), 7, 3)
     params = rlpd.policy_params(cfg, state)
-    spec = {"observation_size": 7, "action_size": 3, "hidden": [32, 32], "max_delta": max_delta}
-    policy = Policy(spec | {"layer_norm": layer_norm}, params)
+    policy = Policy(rlpd.policy_spec(cfg, state), params)
     rng = np.random.default_rng(2)
     obs = rng.standard_normal((50, 7)).astype(np.float32)
     previous = rng.uniform(-1, 1, (50, 3)).astype(np.float32)
