@@ -16,8 +16,10 @@ MAX_CSV_BYTES = 8_000_000
 MAX_POINTS = 50_000
 APART_M = 10.0  # stretches further apart than this along the track may not be joined (task-file contract)
 CELL_M = 0.04  # grid of the distance field the walls are traced on
+THIN_M = 0.02  # less than this between two walls is no room for them
 MAX_NODES = 16_000_000
 SIMPLIFY_M = 0.01  # walls are thinned to this tolerance
+HEADING_M = 0.2
 STEP_M = 0.25  # spacing of a lap line
 SMOOTH_M = 0.75  # half width of the smoothing of a driven lap
 LAP_M = 5.0  # shorter is no lap
@@ -39,7 +41,6 @@ class Line:
     loop: bool
     along: np.ndarray  # (n,) m, travelled at each point; n segments in a loop, else n - 1
     length: float  # m, closing segment included in a loop
-    tangents: np.ndarray  # (n, 2) unit, mean of the two segments at a point
     _segments: np.ndarray  # (6, segments): start x, y, vector x, y, length, 1 / length^2
 
     @classmethod
@@ -49,15 +50,9 @@ class Line:
         ends = np.roll(points, -1, axis=0) if loop else points[1:]
         vectors = ends - points[: len(ends)]
         lengths = np.hypot(vectors[:, 0], vectors[:, 1])
-        units = vectors / lengths[:, None]
-        after = units if loop else np.vstack((units, units[-1:]))
-        before = np.roll(units, 1, axis=0) if loop else np.vstack((units[:1], units))
-        tangents = before + after
-        norms = np.hypot(tangents[:, 0], tangents[:, 1])[:, None]
-        tangents = np.where(norms > 1e-6, tangents / np.maximum(norms, 1e-6), after)  # a turn on the spot
         along = np.concatenate(([0.0], np.cumsum(lengths)))
         segments = np.vstack((points[: len(ends)].T, vectors.T, lengths, 1.0 / lengths**2))
-        return cls(points, loop, along[: len(points)], float(along[-1]), tangents, segments)
+        return cls(points, loop, along[: len(points)], float(along[-1]), segments)
 
     def at(self, s: float | np.ndarray) -> np.ndarray:
         """(..., 2) point at `s` m along; a loop wraps round, an open line stops at its ends."""
@@ -66,11 +61,10 @@ class Line:
         return self.points[index] + (t * vector if isinstance(t, float) else t[..., None] * vector)
 
     def heading(self, s: float | np.ndarray) -> np.ndarray:
-        """(...) rad, direction of travel at `s` m along; it turns evenly between points."""
-        index, t = self._locate(s)
-        t = t if isinstance(t, float) else t[..., None]
-        tangent = (1 - t) * self.tangents[index] + t * self.tangents[(index + 1) % len(self.points)]
-        return np.arctan2(tangent[..., 1], tangent[..., 0])
+        """(...) rad, direction of travel at `s` m: the chord from HEADING_M behind to HEADING_M ahead."""
+        # a hair less behind, so that a turn on the spot has the direction it leaves in
+        chord = self.at(s + HEADING_M) - self.at(s - HEADING_M + 1e-6)
+        return np.arctan2(chord[..., 1], chord[..., 0])
 
     def curvature(self) -> np.ndarray:
         """(n,) 1/m at each point, left positive: change of heading over half the two segments at it."""
@@ -194,7 +188,7 @@ def _csv_row(cells: list[str], columns: list[int], names: list[str], where: str)
 
 
 def resample(polyline: np.ndarray, spacing: float, loop: bool) -> np.ndarray:
-    """(m, 2) evenly spaced points of a smooth curve through (n, 2): cubic between points, Bessel tangents."""
+    """(m, 2) evenly spaced points of a smooth curve through (n, 2): Catmull-Rom over chord lengths."""
     if not spacing > 0:
         raise TrackError(f"the spacing must be positive, not {spacing}")
     points = _distinct(polyline, loop)
@@ -207,15 +201,14 @@ def resample(polyline: np.ndarray, spacing: float, loop: bool) -> np.ndarray:
 
 def _cubic(line: Line, spacing: float) -> np.ndarray:
     _, _, dx, dy, length, _ = line._segments
-    slope = np.stack((dx, dy), axis=1) / length[:, None]
     h = length[:, None]
+    vectors = np.stack((dx, dy), axis=1)
     if line.loop:
-        before, h0 = np.roll(slope, 1, axis=0), np.roll(h, 1, axis=0)
-        tangents = (h * before + h0 * slope) / (h + h0)
+        tangents = (vectors + np.roll(vectors, 1, axis=0)) / (h + np.roll(h, 1, axis=0))
         p1, m1 = np.roll(line.points, -1, axis=0), np.roll(tangents, -1, axis=0)
     else:
-        inner = (h[1:] * slope[:-1] + h[:-1] * slope[1:]) / (h[1:] + h[:-1])
-        tangents = np.vstack((slope[:1], inner, slope[-1:]))
+        inner = (vectors[1:] + vectors[:-1]) / (h[1:] + h[:-1])
+        tangents = np.vstack((vectors[:1] / h[:1], inner, vectors[-1:] / h[-1:]))
         p1, m1 = line.points[1:], tangents[1:]
     p0, m0 = line.points[: len(p1)], tangents[: len(p1)]
     pieces = int(np.clip(math.ceil(4 * length.max() / spacing), 4, 64))
@@ -234,11 +227,11 @@ def walls(centerline: np.ndarray, width_m: float, loop: bool = True) -> list[np.
     if not (math.isfinite(width_m) and width_m > 0):
         raise TrackError(f"the width of a course must be a positive number of metres, not {width_m}")
     line = Line.from_points(centerline, loop)
-    _refuse_joined(line, width_m)
     radius = width_m / 2
     low = line.points.min(axis=0) - radius
     extent = line.points.max(axis=0) + radius - low
-    cell = max(min(CELL_M, radius / 8), math.sqrt(float(extent.prod()) / MAX_NODES))
+    between = _refuse_joined(line, width_m)
+    cell = max(min(CELL_M, radius / 8, between / 2), math.sqrt(float(extent.prod()) / MAX_NODES))
     if cell > radius / 4:
         raise TrackError(
             f"{line.length:.0f} m is too long for walls {width_m:g} m apart; use a shorter --length"
@@ -250,25 +243,27 @@ def walls(centerline: np.ndarray, width_m: float, loop: bool = True) -> list[np.
     return sorted(contours, key=_perimeter, reverse=True)
 
 
-def _refuse_joined(line: Line, width_m: float) -> None:
+def _refuse_joined(line: Line, width_m: float) -> float:
+    """How thick (m) the thinnest wall between two stretches is."""
     gap, s1, s2 = _closest(line, APART_M)
-    if gap >= width_m:
-        return
+    room = width_m + THIN_M
+    if gap >= room:
+        return gap - width_m
     (x1, y1), (x2, y2) = line.at(s1), line.at(s2)
     cause = (
         f"the course joins itself: at {s1:.1f} m along ({x1:.1f}, {y1:.1f}) and at {s2:.1f} m "
-        f"({x2:.1f}, {y2:.1f}) it is only {gap:.2f} m apart, less than its width of {width_m:g} m"
+        f"({x2:.1f}, {y2:.1f}) it is only {gap:.2f} m apart, too little for a width of {width_m:g} m"
     )
     length, remedies = line.length, []
     for _ in range(20):  # a longer course has more pairs of stretches beyond 10 m
         if gap < 0.01 * width_m:
             break
-        length = math.ceil(length * max(1.01 * width_m / gap, 1.005))
+        length = math.ceil(length * max(1.01 * room / gap, 1.005))
         gap = _closest(line, APART_M * line.length / length)[0] * length / line.length
-        if gap >= width_m:
+        if gap >= room:
             remedies.append(f"--length {length} or more")
             break
-    narrow = math.floor(10 * _closest(line, APART_M)[0]) / 10
+    narrow = math.floor(10 * (_closest(line, APART_M)[0] - THIN_M)) / 10
     if narrow > 0:
         remedies.append(f"--width {narrow:g} or less")
     raise TrackError(f"{cause}; use {' or '.join(remedies) or 'a track that does not cross itself'}")
@@ -394,8 +389,8 @@ def _distinct(points: np.ndarray, loop: bool) -> np.ndarray:
     return points
 
 
-def find_loop(positions: np.ndarray, close_m: float = RADIUS_M) -> tuple[int, int]:
-    """(start, stop): `positions[start:stop]` (n, 2) is one lap, the cleanest where several were driven.
+def find_loop(positions: np.ndarray, hz: float, close_m: float = RADIUS_M) -> tuple[int, int]:
+    """(start, stop): `positions[start:stop]`, of (n, 2) at `hz`, is one lap, the cleanest of several.
 
     A lap comes back to within `close_m` of where it began, going the same way, after 5 m or more.
     Raises TrackError when the drive never closes.
@@ -410,24 +405,23 @@ def find_loop(positions: np.ndarray, close_m: float = RADIUS_M) -> tuple[int, in
     headings = np.arctan2(steps[:, 1], steps[:, 0])[np.minimum(np.arange(len(points)), len(steps) - 1)]
     turns = np.abs((np.diff(headings) + math.pi) % (2 * math.pi) - math.pi)
     turned = np.concatenate(([0.0], np.cumsum(turns)))
-    laps, nearest = [], math.inf  # laps: start, stop, length, what speaks against it
+    laps = []  # start, stop, length, how unclean
     for i in range(0, len(points), 1 + len(points) // MAX_STARTS):
         after = slice(i, i + MAX_STARTS)
         back = (along[after] - along[i] >= LAP_M) & (np.cos(headings[after] - headings[i]) > 0.5)
         later = i + np.flatnonzero(back)
         gaps = np.hypot(points[later, 0] - points[i, 0], points[later, 1] - points[i, 1])
-        nearest = min(nearest, float(gaps.min(initial=math.inf)))
         close = np.flatnonzero(gaps < close_m)
-        if len(close):  # the first time back, where it is closest; needless turns, as after a crash, count
+        if len(close):  # the first time back, where it is closest
             close = close[along[later[close]] < along[later[close[0]]] + 2 * close_m]
             k = int(close[gaps[close].argmin()])
             j = int(later[k])
-            laps.append((i, j, along[j] - along[i], turned[j] - turned[i] + 4 * gaps[k]))
+            # needless turns, as after a crash, and standing still make a lap less clean
+            unclean = turned[j] - turned[i] + 4 * gaps[k] + (kept[j] - kept[i]) / hz / 4
+            laps.append((i, j, along[j] - along[i], unclean))
     if not laps:
-        how = f"only to {nearest:.1f} m from" if math.isfinite(nearest) else "nowhere near"
-        raise TrackError(
-            f"the drive never closes: it came back {how} where it had been; drive past the start"
-        )
+        apart = float(np.hypot(*(points[-1] - points[0])))
+        raise TrackError(f"the drive never closes: it ends {apart:.1f} m from its start; drive on past it")
     found = np.array(laps)
     usual = np.abs(found[:, 2] / np.median(found[:, 2]) - 1) < 0.3  # going back and forth is no lap
     start, stop = found[np.where(usual, found[:, 3], np.inf).argmin(), :2].astype(int)
@@ -477,17 +471,20 @@ def place_checkpoints(
     """Checkpoints (c, 2) on a driven line (n, 2), in order, and their radius in m.
 
     Placed by dynamic programming where they say most: the way straight to the next one keeps to the
-    driven line and to its direction. The first lies ahead of the start. Without `count` there are 4 to
-    8, as few as keep the straight way inside the corridor. With a width none can be driven past inside it.
+    driven line and to its direction. The first lies ahead of the start (of the centre line, where there
+    is one). Without `count` there are 4 to 8, as few as keep the straight way inside the corridor. With
+    a width none can be driven past inside it.
     """
     if count is not None and not 2 <= count <= 50:
         raise TrackError(f"{count} checkpoints; a course takes 2 to 50, and 4 to 8 are usual")
     driven = Line.from_points(line, loop)
     free = RADIUS_M if width_m is None else width_m / 2
-    radius = RADIUS_M if width_m is None else free + MARGIN_M
-    if width_m is not None and centerline is not None:
+    radius, start = RADIUS_M if width_m is None else free + MARGIN_M, 0.0
+    if centerline is not None:
         middle = Line.from_points(centerline, loop)
-        radius += max(abs(middle.project(p)[1]) for p in driven.points)
+        start = driven.project(middle.points[0])[0]
+        if width_m is not None:
+            radius += max(abs(middle.project(p)[1]) for p in driven.points)
     radius = math.ceil(20 * radius - 1e-9) / 20
     size = int(np.clip(2 * driven.length, 64, 128))  # places to choose from
     s = np.linspace(0.0, driven.length, size, endpoint=not loop)
@@ -497,7 +494,7 @@ def place_checkpoints(
         chosen = s[_cheapest(np.where(crowded, np.inf, cost), tried, loop)]
         if _strays(driven, chosen) < free:
             break
-    first = int(np.argmax(chosen >= min(radius, chosen[-1]))) if loop else 0
+    first = int(((chosen - start - radius) % driven.length).argmin()) if loop else 0
     return driven.at(np.roll(chosen, -first)), radius
 
 
@@ -586,7 +583,7 @@ def task_toml(
     lines = ["[task]", 'robot = "car"', 'kind = "course"', f"hz = {hz:g}", f"episode_s = {episode_s:g}", ""]
     lines += ["[course]", f"loop = {str(loop).lower()}"]
     if rows:
-        lines += [f"width_m = {round(width_m, 3):g}", "centerline = [", *(f"  {r}," for r in rows), "]"]
+        lines += [f"width_m = {round(float(width_m), 3)}", "centerline = [", *(f"  {r}," for r in rows), "]"]
     for x, y in checkpoints:
-        lines += ["", "[[checkpoint]]", f"at = [{x:.3f}, {y:.3f}]", f"radius_m = {round(radius_m, 3):g}"]
+        lines += ["", "[[checkpoint]]", f"at = [{x:.3f}, {y:.3f}]", f"radius_m = {round(float(radius_m), 3)}"]
     return "\n".join(lines).replace("-0.000", "0.000") + "\n"
