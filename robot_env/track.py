@@ -66,15 +66,6 @@ class Line:
         chord = self.at(s + HEADING_M) - self.at(s - HEADING_M + 1e-6)
         return np.arctan2(chord[..., 1], chord[..., 0])
 
-    def curvature(self) -> np.ndarray:
-        """(n,) 1/m at each point, left positive: change of heading over half the two segments at it."""
-        _, _, dx, dy, length, _ = self._segments
-        heading = np.arctan2(dy, dx)
-        turn = heading - np.roll(heading, 1)
-        turn = (turn + math.pi) % (2 * math.pi) - math.pi
-        curvature = 2 * turn / (length + np.roll(length, 1))
-        return curvature if self.loop else np.concatenate(([0.0], curvature[1:], [0.0]))
-
     def project(
         self, point: np.ndarray | tuple[float, float], near: int | None = None, window_m: float = 2.0
     ) -> tuple[float, float, int]:
@@ -136,11 +127,11 @@ def read_csv(
     if len(points) < 4:
         raise TrackError(f"{path}: {len(points)} different points; a closed track needs at least 4")
     scale = 1.0 if length_m is None else length_m / Line.from_points(points, True).length
-    return points * scale, float(np.median(rows[:, 2] + rows[:, 3])) * scale if width_m is None else width_m
+    return points * scale, width_m or float(np.median(rows[:, 2:].sum(axis=1))) * scale
 
 
 def _csv_rows(path: Path, widths: bool) -> np.ndarray:
-    """(n, 4) x, y, right, left; the widths are 0 where they are not asked for."""
+    """(n, 4) x, y, right, left, or (n, 2) without widths."""
     try:
         if path.stat().st_size > MAX_CSV_BYTES:
             raise TrackError(f"{path}: larger than {MAX_CSV_BYTES} bytes; this is not a centre line")
@@ -168,7 +159,7 @@ def _csv_rows(path: Path, widths: bool) -> np.ndarray:
             rows.append(_csv_row(cells, columns, names, f"{path}:{number}"))
     if len(rows) < 4:
         raise TrackError(f"{path}: {len(rows)} points; a closed track needs at least 4")
-    return np.array(rows) if widths else np.pad(np.array(rows), ((0, 0), (0, 2)))
+    return np.array(rows)
 
 
 def _csv_row(cells: list[str], columns: list[int], names: list[str], where: str) -> list[float]:
@@ -189,8 +180,6 @@ def _csv_row(cells: list[str], columns: list[int], names: list[str], where: str)
 
 def resample(polyline: np.ndarray, spacing: float, loop: bool) -> np.ndarray:
     """(m, 2) evenly spaced points of a smooth curve through (n, 2): Catmull-Rom over chord lengths."""
-    if not spacing > 0:
-        raise TrackError(f"the spacing must be positive, not {spacing}")
     points = _distinct(polyline, loop)
     line = Line.from_points(points, loop)
     if len(points) > 2:
@@ -231,11 +220,9 @@ def walls(centerline: np.ndarray, width_m: float, loop: bool = True) -> list[np.
     low = line.points.min(axis=0) - radius
     extent = line.points.max(axis=0) + radius - low
     between = _refuse_joined(line, width_m)
-    cell = max(min(CELL_M, radius / 8, between / 2), math.sqrt(float(extent.prod()) / MAX_NODES))
+    cell = max(min(CELL_M, radius / 8, between / 2), radius / 200, math.sqrt(extent.prod() / MAX_NODES))
     if cell > radius / 4:
-        raise TrackError(
-            f"{line.length:.0f} m is too long for walls {width_m:g} m apart; use a shorter --length"
-        )
+        raise TrackError(f"{line.length:.0f} m is too long for a width of {width_m:g} m; shorten --length")
     origin = low - 3 * cell
     field = _distances(line, origin, np.ceil(extent / cell).astype(int) + 7, cell, radius + 2 * cell)
     contours = [_simplify(origin + cell * c, SIMPLIFY_M) for c in _contours(field - radius)]
@@ -254,7 +241,7 @@ def _refuse_joined(line: Line, width_m: float) -> float:
         f"the course joins itself: at {s1:.1f} m along ({x1:.1f}, {y1:.1f}) and at {s2:.1f} m "
         f"({x2:.1f}, {y2:.1f}) it is only {gap:.2f} m apart, too little for a width of {width_m:g} m"
     )
-    length, remedies = line.length, []
+    length, remedies, narrow = line.length, [], math.floor(10 * (gap - THIN_M)) / 10
     for _ in range(20):  # a longer course has more pairs of stretches beyond 10 m
         if gap < 0.01 * width_m:
             break
@@ -263,7 +250,6 @@ def _refuse_joined(line: Line, width_m: float) -> float:
         if gap >= room:
             remedies.append(f"--length {length} or more")
             break
-    narrow = math.floor(10 * (_closest(line, APART_M)[0] - THIN_M)) / 10
     if narrow > 0:
         remedies.append(f"--width {narrow:g} or less")
     raise TrackError(f"{cause}; use {' or '.join(remedies) or 'a track that does not cross itself'}")
@@ -327,9 +313,8 @@ def _contours(field: np.ndarray) -> list[np.ndarray]:
     edges = np.stack((2 * node, 2 * (node + ny) + 1, 2 * (node + 1), 2 * node + 1), axis=1)
     follow: dict[int, int] = {}
     for value, pairs in enumerate(_CASES):
-        rows = edges[case == value]
         for a, b in pairs:
-            follow.update(zip(rows[:, a].tolist(), rows[:, b].tolist(), strict=True))
+            follow.update(edges[case == value][:, [a, b]].tolist())
     contours = []
     while follow:
         first, edge = follow.popitem()
@@ -479,13 +464,8 @@ def place_checkpoints(
         raise TrackError(f"{count} checkpoints; a course takes 2 to 50, and 4 to 8 are usual")
     driven = Line.from_points(line, loop)
     free = RADIUS_M if width_m is None else width_m / 2
-    radius, start = RADIUS_M if width_m is None else free + MARGIN_M, 0.0
-    if centerline is not None:
-        middle = Line.from_points(centerline, loop)
-        start = driven.project(middle.points[0])[0]
-        if width_m is not None:
-            radius += max(abs(middle.project(p)[1]) for p in driven.points)
-    radius = math.ceil(20 * radius - 1e-9) / 20
+    radius = RADIUS_M if width_m is None else free + MARGIN_M
+    middle = driven if centerline is None else Line.from_points(centerline, loop)
     size = int(np.clip(2 * driven.length, 64, 128))  # places to choose from
     s = np.linspace(0.0, driven.length, size, endpoint=not loop)
     cost = _leg_costs(driven, s, radius, free)
@@ -494,8 +474,13 @@ def place_checkpoints(
         chosen = s[_cheapest(np.where(crowded, np.inf, cost), tried, loop)]
         if _strays(driven, chosen) < free:
             break
-    first = int(((chosen - start - radius) % driven.length).argmin()) if loop else 0
-    return driven.at(np.roll(chosen, -first)), radius
+    if loop:
+        start = driven.project(middle.points[0])[0]
+        chosen = np.roll(chosen, -int(((chosen - start - radius) % driven.length).argmin()))
+    points = driven.at(chosen)
+    if width_m is not None:  # off the middle, the further wall is further away
+        radius += max(abs(middle.project(p)[1]) for p in points)
+    return points, math.ceil(20 * radius - 1e-6) / 20
 
 
 def _ahead(line: Line, s: np.ndarray) -> np.ndarray:
@@ -552,8 +537,6 @@ def _cheapest(cost: np.ndarray, count: int, loop: bool) -> np.ndarray:
             for step in reversed(came):
                 places.append(int(step[places[-1]]))
             chosen = first + np.array(places[::-1][0 if loop else 1 :])
-    if math.isinf(best):
-        raise TrackError(f"there is no room for {count} checkpoints on this course; use fewer")
     return chosen
 
 
