@@ -7,7 +7,7 @@ Sources: FastRLAP and RACER simulations as read in the project's systems.md 1.1-
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mujoco
@@ -36,10 +36,11 @@ WIDTH_M, LENGTH_M = 0.28, 0.44  # over the bumpers
 WALL_HEIGHT_M, WALL_THICKNESS_M = 0.3, 0.05
 WALL_TOLERANCE_M = 0.01  # wall vertices this close to a straight line are left out: fewer boxes
 TOUCH_GAP_S = 0.5  # a touch after this long without is a new contact
+BUMPER_SOLREF, BUMPER_SOLIMP = (0.01, 1.0), (0.5, 0.95, 0.01, 0.5, 2.0)  # as in the model file
 GRAVITY_MPS2 = 9.81
 
-# Noise: accel and gyro of a hobby IMU on a vibrating chassis (UM7 class); velocity and pose of a tracking camera
-# (T265 class); wheel speed of a VESC at 4200 ERPM per m/s; steering of a servo's potentiometer.
+# Noise: accel and gyro of a hobby IMU on a vibrating chassis (UM7 class); velocity and pose of a tracking
+# camera (T265 class); wheel speed of a VESC at 4200 ERPM per m/s; steering of a servo's potentiometer.
 SENSORS = {
     "accel": (0.3, "mean"), "gyro": (0.02, "mean"), "shock": (0.3, "max"), "velocity": (0.03, "last"),
     "wheel_speed": (0.02, "last"), "steering": (0.005, "last"), "pose": (0.01, "last"),
@@ -69,7 +70,10 @@ class CarTwin:
         self.start = start
         model = build(walls, start)
         sensors = [Sensor(c, SENSORS[c.name][0], SENSORS[c.name][1]) for c in CHANNELS]
-        self.world = World(model, sensors, self._control, self._measure, seed, realtime, noise)
+        self.world = World(
+            model, sensors, self._control, self._measure, self._watch,
+            seed=seed, realtime=realtime, noise=noise,
+        )
         self._wall_ids = frozenset(
             i for i in range(model.ngeom) if int(model.geom_contype[i]) == _WALL_BIT
         )
@@ -77,13 +81,13 @@ class CarTwin:
         hubs = [model.joint(f"hub_{w}") for w in ("fl", "fr", "rl", "rr")]
         self._hubs = [int(j.dofadr[0]) for j in hubs]
         self._servo = int(model.joint("servo").qposadr[0])
-        self._home = model.qpos0.copy()
         self._open = False
         self._target = (0.0, 0.0)
         self._speed = 0.0  # setpoint of the motor controller, on its way to the target
         self._velocity = (0.0, 0.0, 0.0)  # world frame, at the last sample
         self._sampled = 0.0
         self._contacts, self._touching, self._touched = 0, False, -math.inf
+        self._home = _at_rest()
         self.place(start)
 
     def open(self) -> None:
@@ -96,7 +100,7 @@ class CarTwin:
         return self.world.read()
 
     def write(self, command: np.ndarray) -> None:
-        """(2,) speed m/s and steering rad, clipped to the absolute limits. Raises DriverError for nonsense."""
+        """(2,) speed m/s and steering rad, clipped to the absolute limits. DriverError for nonsense."""
         self._check()
         wanted = np.asarray(command, np.float64)
         if wanted.shape != (2,) or not np.isfinite(wanted).all():
@@ -161,15 +165,17 @@ class CarTwin:
         qpos, qvel = data.qpos.tolist(), data.qvel.tolist()
         r = _rotation(*qpos[3:7])
         vx, vy, vz = qvel[:3]
-        dt = now - self._sampled
-        # An IMU averages over its sample: the change of velocity, so that no shock falls between two samples.
-        ax, ay, az = ((v - u) / dt for v, u in zip(qvel, self._velocity))
-        az += GRAVITY_MPS2
+        dt = now - self._sampled or math.inf  # just placed
+        # An IMU averages over its sample: the change of velocity, so that no shock falls between samples.
+        ux, uy, uz = self._velocity
+        ax, ay, az = (vx - ux) / dt, (vy - uy) / dt, (vz - uz) / dt + GRAVITY_MPS2
         accel = (
-            r[0] * ax + r[3] * ay + r[6] * az, r[1] * ax + r[4] * ay + r[7] * az, r[2] * ax + r[5] * ay + r[8] * az,
+            r[0] * ax + r[3] * ay + r[6] * az,
+            r[1] * ax + r[4] * ay + r[7] * az,
+            r[2] * ax + r[5] * ay + r[8] * az,
         )
         self._velocity, self._sampled = (vx, vy, vz), now
-        self._feel(now)
+        self._feel()
         heading = math.hypot(r[0], r[3]) or 1.0
         return {
             "accel": accel,
@@ -181,14 +187,18 @@ class CarTwin:
             "pose": (qpos[0], qpos[1], r[0] / heading, r[3] / heading),
         }
 
-    def _feel(self, now: float) -> None:
+    def _watch(self) -> None:
+        if self.world.data.ncon > len(self._hubs):  # more than the tyres; glancing touches last few steps
+            self._feel()
+
+    def _feel(self) -> None:
         data = self.world.data
         self._touching = data.ncon > 0 and any(
             i in self._wall_ids or j in self._wall_ids for i, j in data.contact.geom.tolist()
         )
         if self._touching:
-            self._contacts += now - self._touched >= TOUCH_GAP_S
-            self._touched = now
+            self._contacts += data.time - self._touched >= TOUCH_GAP_S
+            self._touched = data.time
 
 
 def build(walls: Sequence[np.ndarray], start: tuple[float, float, float]) -> mujoco.MjModel:
@@ -201,9 +211,18 @@ def build(walls: Sequence[np.ndarray], start: tuple[float, float, float]) -> muj
                 pos=[*centre, WALL_HEIGHT_M / 2],
                 size=[half_length, WALL_THICKNESS_M / 2, WALL_HEIGHT_M / 2],
                 quat=[math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)],
-                material="wall", contype=_WALL_BIT, conaffinity=0, friction=[0.3, 0.005, 0.0001], solref=[0.01, 1.0],
+                material="wall", contype=_WALL_BIT, conaffinity=0,
+                friction=[0.3, 0.005, 0.0001], solref=BUMPER_SOLREF, solimp=BUMPER_SOLIMP,
             )
     return spec.compile()
+
+
+def _at_rest() -> np.ndarray:
+    """(nq,) the car standing on its springs on an open floor."""
+    model = build([], (0.0, 0.0, 0.0))
+    data = mujoco.MjData(model)
+    mujoco.mj_step(model, data, round(2.0 / model.opt.timestep))
+    return data.qpos.copy()
 
 
 def wall_boxes(
@@ -219,10 +238,10 @@ def wall_boxes(
         ahead = np.roll(points, -1, axis=0) - points
     angles = np.arctan2(ahead[:, 1], ahead[:, 0])
     lengths = np.hypot(ahead[:, 0], ahead[:, 1])
-    turns = np.remainder(angles - np.roll(angles, 1) + np.pi, 2 * np.pi) - np.pi  # at the start of each segment
+    turns = np.remainder(angles - np.roll(angles, 1) + np.pi, 2 * np.pi) - np.pi  # where a segment starts
     extra = WALL_THICKNESS_M * np.tan(np.clip(turns, 0.0, 2.0) / 2)
     boxes = []
-    for i, (point, angle, length) in enumerate(zip(points, angles, lengths)):
+    for i, (point, angle, length) in enumerate(zip(points, angles, lengths, strict=True)):
         before, after = extra[i], extra[(i + 1) % len(points)]
         middle = (length + after - before) / 2
         c, s = math.cos(angle), math.sin(angle)

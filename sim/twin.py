@@ -33,8 +33,9 @@ class World:
     """The physics of one twin, its clock and its sensor buffers.
 
     `control(dt)` is called before every batch of physics steps (at most the sensors' common period long),
-    `measure()` after every batch that ends on a sample of some channel; it returns the true present value of every
-    channel as a tuple of floats. Time is a whole number of steps: it does not drift.
+    `measure()` whenever some channel samples; it returns the true present value of every channel as a tuple
+    of floats; `watch()` after every step, so it must be cheap. Time is a whole number of steps: it does not
+    drift.
     """
 
     def __init__(
@@ -43,13 +44,15 @@ class World:
         sensors: Sequence[Sensor],
         control: Callable[[float], None],
         measure: Callable[[], Mapping[str, Sequence[float]]],
+        watch: Callable[[], None] = lambda: None,
+        *,
         seed: int = 0,
         realtime: bool = False,
         noise: bool = True,
     ) -> None:
         self.model, self.data = model, mujoco.MjData(model)
         self.dt = float(model.opt.timestep)
-        self._control, self._measure = control, measure
+        self._control, self._measure, self._watch = control, measure, watch
         self._realtime = realtime
         self._rng = np.random.default_rng(seed)
         self._buffers = [_Buffer(s, self.dt, noise) for s in sensors]
@@ -60,22 +63,23 @@ class World:
 
     def now(self) -> float:
         """Simulated time in s. In real time it runs on while nobody sleeps, as a real robot's does."""
-        if self._wall0 is not None:
-            behind = time.monotonic() - self._wall0 - self._steps * self.dt
-            if behind >= self.dt:
-                self._advance(int(behind / self.dt))
-                self._target = self._steps * self.dt
-        return self._steps * self.dt
+        if self._wall0 is None:
+            return self._steps * self.dt
+        elapsed = time.monotonic() - self._wall0
+        self._advance(int(elapsed / self.dt) - self._steps)
+        return max(elapsed, self._steps * self.dt)
 
     def sleep(self, seconds: float) -> None:
-        """Advance by `seconds`, in whole steps; what is left of a step is kept for the next sleep."""
-        if self._realtime and self._wall0 is None:
+        """Advance by `seconds` in whole steps; what is left of a step is kept for the next sleep."""
+        if not self._realtime:
+            self._target += max(0.0, seconds)
+            self._advance(round(self._target / self.dt) - self._steps)  # round, never //: 0.06 // 0.002 is 29
+            return
+        if self._wall0 is None:
             self._wall0 = time.monotonic() - self._steps * self.dt
-        self._target += max(0.0, seconds)
-        # round, never //: 0.06 // 0.002 is 29
-        self._advance(round(self._target / self.dt) - self._steps)
-        if self._wall0 is not None:
-            time.sleep(max(0.0, self._wall0 + self._target - time.monotonic()))
+        target = self.now() + max(0.0, seconds)
+        self._advance(int(target / self.dt + 1e-6) - self._steps)  # first, so that waking up is on time
+        time.sleep(max(0.0, self._wall0 + target - time.monotonic()))
 
     def read(self) -> Reading:
         """The newest delivered values with the times they were captured."""
@@ -96,18 +100,21 @@ class World:
 
     def _advance(self, steps: int) -> None:
         end = self._steps + steps
+        step, watch, model, data = mujoco.mj_step, self._watch, self.model, self.data
         while self._steps < end:
             n = min(end - self._steps, self._batch - self._steps % self._batch)
             self._control(n * self.dt)
-            mujoco.mj_step(self.model, self.data, n)
+            for _ in range(n):
+                step(model, data)
+                watch()
             self._steps += n
             if self._steps % self._batch == 0:
                 self._sample()
-
-    def _sample(self) -> None:
         if self.data.warning.number.any():
             kinds = [mujoco.mjtWarning(i).name for i in np.flatnonzero(self.data.warning.number)]
             raise DriverError(f"twin: the physics failed ({', '.join(kinds)}); place the robot again")
+
+    def _sample(self) -> None:
         now, truth = self._steps * self.dt, self._measure()
         for buffer in self._buffers:
             if self._steps % buffer.period == 0:
@@ -122,8 +129,9 @@ class _Buffer:
         self.name, self.period = channel.name, round(1.0 / channel.hz / dt)
         if self.period < 1 or abs(self.period * dt * channel.hz - 1.0) > 1e-6:
             raise ValueError(f"channel {channel.name}: {channel.hz} Hz is not a whole number of {dt} s steps")
+        self._interval = self.period * dt
         self._latency, self._jitter = channel.latency_s, sensor.jitter_s if noisy else 0.0
-        self._noise = np.broadcast_to(np.asarray(sensor.noise, np.float64), (channel.size,)) if noisy else None
+        self._noise = np.asarray(sensor.noise, np.float64) if noisy else None  # () or (size,)
         self._combine = sensor.combine
         self._waiting: deque[tuple[float, float, Sequence[float]]] = deque(maxlen=round(KEEP_S * channel.hz))
         self._value = np.zeros(channel.size, np.float32)
@@ -135,9 +143,11 @@ class _Buffer:
         self._waiting.append((delivery, now, value))
 
     def fill(self, now: float, value: Sequence[float]) -> None:
-        """As if `value` had been measured for a long time: the next read delivers it, with its due age."""
+        """As if `value` had been measured for a while: reads deliver it, with its due age, from now on."""
         self._waiting.clear()
-        self._waiting.append((now, now - self._latency, value))
+        samples = math.ceil(self._latency / self._interval)
+        for stamp in (now - self._latency, *(now - i * self._interval for i in reversed(range(samples)))):
+            self._waiting.append((stamp + self._latency, stamp, value))
 
     def take(self, now: float, rng: np.random.Generator) -> tuple[np.ndarray, float]:
         """A copy of the newest delivered value (or aggregate), and its stamp."""
