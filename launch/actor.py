@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -14,11 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from ..drivers.base import DriverError, Twin
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
 from ..robot_env.record import Record, encode
+from ..robot_env.task import TaskSpec, parse
+from . import catalog
+from .folder import stream_meta
 from .onboard import Policy
 from .transport import ActorLink
+from .wire import WireError
 
 STATUS_EVERY_S = 0.5
 
@@ -57,6 +61,13 @@ class Pilot:
     def take(self, version: int, params: dict[str, np.ndarray]) -> None:
         """Swap the weights; called between steps."""
         self._policy, self.version = Policy(self._spec, params), version
+
+    def wait(self, link: ActorLink, stop: Stop) -> None:
+        """Wait for the first weights: nothing moves before."""
+        while not _asked(stop, link):
+            newest = link.wait_weights(0.5)
+            if newest is not None:
+                return self.take(*newest)
 
     def act(self, obs: np.ndarray, prev_action: np.ndarray, step: int) -> np.ndarray:
         """(a,) action with exploration."""
@@ -106,6 +117,83 @@ def act(
     finally:
         env.close()
     return steps
+
+
+def serve(
+    address: str, task: str | None = None, real: bool = False, seed: int | None = None,
+    realtime: bool = False, view: bool = False, say: Callable[[str], None] = print,
+) -> int:
+    """One actor: ask the learner what there is to do, drive until told to stop. Returns steps driven.
+
+    Raises WireError, DriverError or TaskError with one line when it cannot begin.
+    """
+    stop = Stop()
+    stop.install()
+    link = ActorLink(address)
+    left = 0
+    try:
+        orders = link.start(on_wait=lambda waited: _give_up(stop))
+        spec = _spec(orders)
+        if task is not None and catalog.load_spec(task).text != spec.text:
+            raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
+        seed = int(orders["seed"]) if seed is None else seed
+        env = catalog.make_env(catalog.make_task(spec), real, seed, realtime)
+        if view:
+            start_view(env)
+        link.begin(stream_meta(spec))
+        pilot = Pilot(orders["policy"], seed, int(orders["random_steps"]))
+        pilot.wait(link, stop)
+        lockstep = not (real or realtime)
+        steps = act(env, link, pilot, lockstep, stop, seed, Status(env, link))
+        say(f"actor: {steps:,} steps, stopped: {stop.reason}")
+    finally:
+        left = link.close()
+        if left:
+            say(f"actor: {left} records were not delivered")
+    return steps
+
+
+def start_view(env: RobotEnv | GymEnv) -> None:
+    """Open MuJoCo's viewer on a twin. Raises DriverError where there is no display or no twin."""
+    robot = getattr(env, "robot", None)
+    if not isinstance(robot, Twin):
+        raise DriverError("--view shows twins; this is not one")
+    catalog.find("sim.render:view")(robot)
+
+
+class Status:
+    """Tells the learner, now and then, how the loop does."""
+
+    def __init__(self, env: RobotEnv | GymEnv, link: ActorLink) -> None:
+        self._env, self._link = env, link
+        self._due, self._steps, self._since = 0.0, 0, time.monotonic()
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        self._steps += 1
+        if now < self._due:
+            return
+        self._due = now + STATUS_EVERY_S
+        stats = {"rate/hz": self._steps / max(now - self._since, 1e-6)}
+        if isinstance(self._env, RobotEnv):
+            late = self._env.rate.lateness_ms()
+            stats |= {"rate/late": self._env.rate.late, "rate/late_p99_ms": late["p99"]}
+            for fault, count in self._env.gate.counts.items():
+                clamp = fault in ("limit", "rate")
+                key = "gate/clamped" if clamp else f"gate/veto_{fault}"
+                stats[key] = stats.get(key, 0) + count
+        self._steps, self._since = 0, now
+        self._link.report(stats)
+
+
+def _spec(orders: dict[str, Any]) -> TaskSpec:
+    text, name = str(orders["task"]), str(orders["name"])
+    return catalog.load_spec(text) if text.startswith("gym:") else parse(text, name, f"the learner's task {name}")
+
+
+def _give_up(stop: Stop) -> None:
+    if stop.reason:
+        raise WireError("stopped before a learner answered")
 
 
 def _asked(stop: Stop, link: ActorLink) -> bool:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 TASK_HELP = "a shipped task (see `tether list`), the path of a .toml file, or gym:<id>"
 
@@ -41,9 +39,12 @@ def expected() -> tuple[type[Exception], ...]:
     from .onboard import BundleError
     from .wire import WireError
 
+    learning: tuple[type[Exception], ...] = ()
+    if "tether.agents.snapshot" in sys.modules:  # JAX is not imported for an error's name
+        learning = (sys.modules["tether.agents.snapshot"].SnapshotError,)
     return (
         BundleError, CatalogError, ConfigError, DriverError, RecordError, RunError, SafetyError, TaskError,
-        TrackError, WireError, OSError,
+        TrackError, WireError, OSError, *learning,
     )  # fmt: skip
 
 
@@ -54,34 +55,34 @@ def build() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[Any], int | None], about: str) -> argparse.ArgumentParser:
+    def command(name: str, run: str, about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-        sub.set_defaults(command=run)
+        sub.set_defaults(command=_command(run))
         return sub
 
-    demo = command("demo", _demo, "no hardware, no arguments: record, course, train in the twin, freeze, drive")
+    demo = command("demo", "demo", "no hardware, no arguments: record, course, train in the twin, freeze, drive")
     demo.add_argument("robot", nargs="?", default="car", choices=["car"], help="which robot (default: car)")
     demo.add_argument("--seed", type=int, default=0, help="(default: 0)")
     demo.add_argument("--out", help="folder for the run and the bundle (default: runs/demo-N)")
     _json(demo)
 
-    run = command("run", _run, "learner and actor on this machine, two processes")
+    run = command("run", "run", "learner and actor on this machine, two processes")
     _training(run)
     _driving(run)
     run.set_defaults(bind=None)
 
-    learner = command("learner", _run, "the learner alone; actors connect to it")
+    learner = command("learner", "run", "the learner alone; actors connect to it")
     _training(learner)
     learner.add_argument("--bind", default="tcp://127.0.0.1:5555", help="address to listen on (default: %(default)s)")
 
-    actor = command("actor", _actor, "the actor alone: the twin, or with --real the hardware")
+    actor = command("actor", "actor", "the actor alone: the twin, or with --real the hardware")
     actor.add_argument("task", nargs="?", help="refuse a learner of another task (default: the learner says)")
     actor.add_argument("--learner", default="tcp://127.0.0.1:5555", help="the learner's address (default: %(default)s)")
     actor.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
     actor.add_argument("--seed", type=int, help="of exploration and the twin (default: the learner's)")
     _driving(actor)
 
-    record = command("record", _record, "drive, and keep what was driven")
+    record = command("record", "record", "drive, and keep what was driven")
     record.add_argument("task", help=TASK_HELP)
     record.add_argument("--teleop", default="script", choices=["script", "keyboard", "gamepad"], help="who drives")
     record.add_argument("--speed", type=float, default=1.0, help="of the scripted driver, m/s (default: 1.0)")
@@ -94,7 +95,7 @@ def build() -> argparse.ArgumentParser:
     record.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
     _json(record)
 
-    course = command("course", _course, "a task file from a centre-line CSV or from a recording")
+    course = command("course", "course", "a task file from a centre-line CSV or from a recording")
     course.add_argument("file", help="a .csv (x_m, y_m, w_tr_right_m, w_tr_left_m) or a recording")
     course.add_argument("--length", type=float, help="scale the closed line to this length, m (CSV)")
     course.add_argument("--width", type=float, help="free width, m (default: the CSV's, or the recording's task)")
@@ -102,27 +103,27 @@ def build() -> argparse.ArgumentParser:
     course.add_argument("--out", help="the task file (default: FILE's name with .toml)")
     _json(course)
 
-    evaluate = command("eval", _eval, "drive without exploration and count")
+    evaluate = command("eval", "evaluate", "drive without exploration and count")
     evaluate.add_argument("source", metavar="RUN|BUNDLE|TASK", help="a run folder, a bundle, or with --policy a task")
     evaluate.add_argument("--policy", choices=["pursuit"], help="a scripted policy instead of a learned one")
     evaluate.add_argument("--tune", action="store_true", help="search the scripted policy's grid for its best lap")
     _counting(evaluate)
 
-    export = command("export", _export, "freeze a run's policy into a bundle, checked for equality and latency")
+    export = command("export", "export", "freeze a run's policy into a bundle, checked for equality and latency")
     export.add_argument("run", help="a run folder")
     export.add_argument("--out", help="the bundle's folder (default: RUN/bundle)")
     _json(export)
 
-    drive = command("drive", _drive, "the frozen policy, on NumPy alone")
+    drive = command("drive", "drive", "the frozen policy, on NumPy alone")
     drive.add_argument("bundle", help="a bundle's folder")
     drive.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
     _counting(drive)
 
-    report = command("report", _report, "curves, lap times, the map and a replay in one HTML file")
+    report = command("report", "report", "curves, lap times, the map and a replay in one HTML file")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the HTML file (default: RUN/report.html)")
 
-    command("list", _list, "robots, tasks, algorithms, presets")
+    command("list", "catalog_list", "robots, tasks, algorithms, presets")
     return parser
 
 
@@ -159,10 +160,14 @@ def _json(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
 
 
-def _say(options: argparse.Namespace, result: dict[str, Any], text: str) -> None:
-    print(text)
-    if options.json:
-        print(json.dumps(result), flush=True)
+def _command(name: str) -> Callable[[argparse.Namespace], int | None]:
+    def run(options: argparse.Namespace) -> int | None:
+        from . import commands
+
+        found: Callable[[argparse.Namespace], int | None] = getattr(commands, name)
+        return found(options)
+
+    return run
 
 
 if __name__ == "__main__":

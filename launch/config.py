@@ -70,6 +70,7 @@ class Learner:
     max_lead: int = _limited(2, 1)  # steps a twin may run ahead of training
     snapshot_every_s: float = _limited(60.0, 1)
     replay_capacity: int = _limited(1_000_000, 1_000)
+    log_every: int = _limited(200, 1)  # steps between two lines of learn/ metrics
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ class RunError(ValueError):
 def stream_meta(spec: TaskSpec) -> Meta:
     """What a new stream of records says of itself."""
     channels, command = catalog.declaration(spec)
-    return Meta.new(robot=spec.robot, task=spec.text, hz=spec.hz, channels=channels, command=command)
+    return Meta.of(robot=spec.robot, task=spec.text, hz=spec.hz, channels=channels, command=command)
 
 
 def new_folder(parent: str, name: str) -> Path:
@@ -26,3 +26,13 @@ def new_folder(parent: str, name: str) -> Path:
         if not path.exists():
             return path
     raise RunError(f"{parent} has too many folders called {name}-N; remove some or give --out")
+
+
+def point_latest(folder: Path) -> None:
+    """Make runs/latest point to the newest run, where it lies in a folder called runs."""
+    link = Path("runs") / "latest"
+    link.parent.mkdir(exist_ok=True)
+    fresh = link.with_name(f".latest-{folder.name}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.resolve())
+    fresh.replace(link)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from .folder import stream_meta
 LOOKAHEAD_M = 0.8  # of the scripted driver
 WANDER_RAD = 0.15  # steering noise of a script of quality 0
 WANDER_S = 0.5  # its correlation time
+LINE_STEP_M = 0.25  # of a centre line that is written: half the tightest bend a car can take
 OVERLAP_M = 1.0  # driven beyond the last lap, so that the loop closes
 
 
@@ -75,7 +77,7 @@ def record_laps(
     times: list[float] = []
     steps = 0
     travelled, overlap = 0.0, 0.0
-    with record.SegmentWriter(out, meta) as writer:
+    with closing(record.SegmentWriter(out, meta)) as writer:
 
         def keep(made: record.Record) -> None:
             nonlocal steps, travelled
@@ -113,6 +115,7 @@ def course_from_csv(
 ) -> dict[str, Any]:
     """A task file from a centre-line CSV."""
     centerline, width_m = track.read_csv(file, length, width)
+    centerline = track.resample(centerline, LINE_STEP_M, True)
     track.walls(centerline, width_m)  # refuses a corridor that joins two stretches
     places, radius = track.place_checkpoints(centerline, checkpoints, True, centerline, width_m)
     return _write(out, track.task_toml(centerline, width_m, places, radius), len(places), centerline, width_m)

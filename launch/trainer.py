@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from ..agents import snapshot
-from ..agents.replay import Replay, symmetric
+from ..agents.replay import Batch, Replay, minibatches, symmetric
 from ..robot_env.record import Record
 from ..robot_env.sample import Fold, samples
 from ..robot_env.task import Task
@@ -63,6 +64,7 @@ class Episodes:
 class _Stream:
     fold: Fold
     episodes: Episodes = field(default_factory=Episodes)
+    seq: int = 0
 
 
 class Trainer:
@@ -74,37 +76,127 @@ class Trainer:
 
     def __init__(self, task: Task, config: Config, seed: int, prior: Iterable[Iterable[Record]] = ()) -> None:
         self.task, self.config = task, config
-        module = catalog.algorithm(config.algorithm)
-        self._algorithm = module
-        self.agent = module.Config(**config.agent)
-        size, actions = task.observation_size, len(task.rest)
-        make = lambda capacity: Replay(capacity, size, actions, self.agent.n_step, self.agent.gamma)  # noqa: E731
-        self.replay = make(config.learner.replay_capacity)
-        self.prior = make(config.learner.replay_capacity)
+        self._algorithm = catalog.algorithm(config.algorithm)
+        self.agent = self._algorithm.Config(**config.agent)
+        sizes = (task.observation_size, len(task.rest))
+        shape = (config.learner.replay_capacity, *sizes, self.agent.n_step, self.agent.gamma)
+        self.replay, self.prior = Replay(*shape), Replay(*shape)
         for i, records in enumerate(prior):
-            self._add_prior(f"prior{i}", records)
-        self._key, init_key = jax.random.split(jax.random.key(seed))
-        self.state = module.init(self.agent, init_key, size, actions)
+            for sample in samples(task, records):
+                self.prior.add(i, sample)
+        self.state = self._algorithm.init(self.agent, jax.random.key(seed), *sizes)
         self._rng = np.random.default_rng(seed)
         self._streams: dict[str, _Stream] = {}
         self.steps = 0
         self.updates = 0
-        self._metrics: Any = None
+        self.update_s = 0.0  # spent in updates, sampling included
+        self._metrics: dict[str, Any] = {}
 
     @property
     def start_steps(self) -> int:
         """Steps before the first update; with prior data updates begin at once."""
         return 1 if len(self.prior) else self.config.learner.start_steps
 
+    @property
+    def cursor(self) -> dict[str, int]:
+        """The newest record of every stream."""
+        return {name: stream.seq for name, stream in self._streams.items()}
+
+    def stream_steps(self, stream: str) -> int:
+        """Steps of one stream."""
+        return self._streams[stream].episodes.steps if stream in self._streams else 0
+
     def push(self, stream: str, record: Record, train: bool = True) -> dict[str, float]:
         """Insert a record and make its step's updates. Returns the `env/...` metrics it completes."""
-        if stream not in self._streams:
-            self._streams[stream] = _Stream(Fold(self.task))
-        entry = self._streams[stream]
+        entry = self._streams.setdefault(stream, _Stream(Fold(self.task)))
+        entry.seq = record.seq
         for sample in entry.fold.push(record):
             self.replay.add(stream, sample)
+        metrics = entry.episodes.push(record)
         if record.action is not None:
             self.steps += 1
             if train and self.steps >= self.start_steps and len(self.replay):
                 self._update()
-        return entry.episodes.push(record)
+        return metrics
+
+    def warm_up(self) -> None:
+        """Compile the update before anything moves. The state stays as it is."""
+        rows = self.agent.utd * self.agent.batch
+        n, m = self.task.observation_size, len(self.task.rest)
+        widths = {"obs": n, "action": m, "prev_action": m, "next_obs": n, "next_prev_action": m}
+        batch = {name: np.zeros((rows, width), np.float32) for name, width in widths.items()}
+        batch |= {name: np.zeros(rows, np.float32) for name in ("reward", "discount")}
+        copy = jax.tree.map(lambda x: x.copy(), self.state)
+        jax.block_until_ready(self._algorithm.update(self.agent, copy, self._split(batch)))
+
+    def metrics(self) -> dict[str, float]:
+        """`learn/...` values of the newest update."""
+        out = {f"learn/{name}": float(value) for name, value in self._metrics.items()}
+        trained = max(self.steps - self.start_steps + 1, 1)
+        return out | {
+            "learn/updates": self.updates,
+            "learn/utd": self.updates / trained,
+            "learn/update_ms": 1e3 * self.update_s / max(self.updates, 1),
+        }
+
+    def policy(self) -> dict[str, np.ndarray]:
+        """The actor's weights, by name."""
+        return self._algorithm.policy_params(self.agent, self.state)
+
+    def policy_spec(self) -> dict[str, Any]:
+        """The actor's layers, as the NumPy runtime takes them."""
+        return self._algorithm.policy_spec(self.agent, self.state)
+
+    def expected(self, observations: np.ndarray, prev_actions: np.ndarray) -> np.ndarray:
+        """(n, a) mean actions of the training runtime, to hold the frozen policy against."""
+        return np.asarray(self._algorithm.act(self.agent, self.state.actor, observations, prev_actions))
+
+    def save(self, folder: Path) -> Path:
+        """Write a snapshot into a run's snapshots/."""
+        counters = {"steps": self.steps, "updates": self.updates, "cursor": self.cursor}
+        return snapshot.save(folder, {"task": self.state}, counters, {"replay": self._rng})
+
+    def load(self, folder: Path) -> tuple[dict[str, int], str]:
+        """Go back to the newest intact snapshot: its cursor, and a warning when it was not the newest.
+
+        Records up to the cursor must then be pushed with `train=False`, those after it as they come. Where
+        there is no snapshot nothing changes and the cursor is empty. Raises SnapshotError.
+        """
+        found = snapshot.load(folder, {"task": self.state})
+        if found is None:
+            return {}, ""
+        self.state, self._rng = found.states["task"], found.generators["replay"]
+        self.updates = found.counters["updates"]
+        return found.counters["cursor"], found.warning
+
+    def start_from(self, folder: Path) -> str:
+        """Take the weights and the optimiser of another run's newest snapshot; returns a warning or ""."""
+        found = snapshot.load(folder, {"task": self.state})
+        if found is None:
+            raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
+        self.state = found.states["task"]
+        return found.warning
+
+    def _split(self, batch: Batch) -> Batch:
+        return minibatches(batch, self.agent.utd, self.agent.batch)
+
+    def _update(self) -> None:
+        start = time.perf_counter()
+        rows = self.agent.utd * self.agent.batch
+        if len(self.prior):
+            online = self._sample(self.replay, rows // 2)
+            batch = symmetric(online, self._sample(self.prior, rows // 2))
+        else:
+            batch = self._sample(self.replay, rows)
+        jax.block_until_ready(self._metrics)  # one update in flight, while the next batch is drawn
+        self.state, self._metrics = self._algorithm.update(self.agent, self.state, self._split(batch))
+        self.updates += self.agent.utd
+        self.update_s += time.perf_counter() - start
+
+    def _sample(self, replay: Replay, rows: int) -> Batch:
+        share = self.task.spec.hindsight
+        if share == 0.0:
+            return replay.sample(self._rng, rows)
+        batch = replay.sample_future(self._rng, rows)
+        future = batch.pop("future_obs")
+        return self.task.in_hindsight(batch, future, self._rng)

@@ -333,6 +333,9 @@ class LearnerLink:
             self._refuse(route, str(error))
         except WireError:
             self.malformed += 1  # dropped; whoever sent it is served on
+        finally:
+            with self._changed:
+                self._changed.notify_all()
 
     def _refuse(self, route: bytes, reason: str, again: bool = False, lines: list[str] | None = None) -> None:
         body = "\n".join(lines or []).encode()[:MAX_BODY]
@@ -390,7 +393,7 @@ class LearnerLink:
         first, payloads, records = expected, [], []
         stream.ack_due = True  # also for what came before, or too early
         for payload in wire.unpack_records(message.body, message.fields["n"]):
-            if seq == expected and len(self._queue) < MAX_QUEUED:
+            if seq == expected and len(self._queue) + len(records) < MAX_QUEUED:
                 try:
                     record = decode(payload)
                 except RecordError as error:
@@ -411,7 +414,6 @@ class LearnerLink:
         with self._changed:
             stream.expected, stream.received = expected, stream.received + len(records)
             self._queue.extend(records)
-            self._changed.notify_all()
 
     def _on_gap(self, name: str, stream: _Stream, message: Message) -> None:
         first, last = message.fields["first"], message.fields["last"]
@@ -433,7 +435,6 @@ class LearnerLink:
             stream.state, stream.spool = fields["state"], fields["spool"]
             stream.weights_version, stream.stats = fields["weights_version"], fields["stats"]
             stream.ack_due = True
-            self._changed.notify_all()
 
     def _on_wresult(self, name: str, stream: _Stream, message: Message) -> None:
         number = message.fields["version"]

@@ -20,6 +20,7 @@ GOAL_SCALE_M = 5.0  # divides the distance to the checkpoint in the observation
 PREVIEW_M = (0.5, 1.0, 2.0, 3.0, 4.0)
 PREVIEW_SCALE_M = 2.0
 LINE_STEP_M = 0.25
+HINDSIGHT_M = 4.0  # spread of goals drawn around the car, FastRLAP hindsight.py
 
 # Detectors, on measured channels only. FastRLAP/RACER thresholds (systems.md 1.6); `tests/test_course.py`
 # holds them against an hour of pure pursuit.
@@ -47,6 +48,7 @@ class Progress:
 class Course:
     """A `Task` of kind "course" for a robot that reads pose, velocity, accel and shock."""
 
+    relabels = True
     NEEDS = ("pose", "velocity", "accel", "shock")
 
     def __init__(self, spec: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
@@ -122,6 +124,32 @@ class Course:
         s, _, _ = self.line.project(reading.values["pose"][:2])
         return (*map(float, self.line.at(s)), float(self.line.heading(s)))  # type: ignore[return-value]
 
+    def in_hindsight(
+        self, batch: dict[str, np.ndarray], future: np.ndarray, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """FastRLAP's relabelling (hindsight.py): half of the new goals are places the car came to later
+        (`future`, (n, o) observations), half lie around it, N(0, 4^2) m. One-step batches only."""
+        n = len(future)
+        here, there = (self._decode(batch[name]) for name in ("obs", "next_obs"))
+        drawn = np.where(
+            rng.random((n, 1)) < 0.5, self._decode(future)[0][:, :2],
+            here[0][:, :2] + rng.normal(0.0, HINDSIGHT_M, (n, 2)),
+        )  # fmt: skip
+        chosen = rng.random(n) < self.spec.hindsight
+        out = {name: values.copy() for name, values in batch.items()}
+        at = slice(self._observer.size, self._observer.size + 3)
+        old = batch["next_obs"][:, at][:, :2]
+        for name, (pose, _) in (("obs", here), ("next_obs", there)):
+            out[name][chosen, at] = _relative(pose, drawn)[chosen]
+        new = _relative(there[0], drawn)[:, :2]
+        out["reward"] += np.where(chosen, (there[1] * (new - old)).sum(1), 0.0)
+        return out
+
+    def _decode(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n, 4) pose and (n, 2) velocity of (n, o) observations."""
+        raw = obs[:, : self._observer.size] * self._observer.scale
+        return raw[:, self._observer.slices["pose"]], raw[:, self._observer.slices["velocity"]]
+
     def _to_goal(self, goal: int, reading: Reading) -> tuple[np.ndarray, float]:
         x, y, c, s = (float(v) for v in reading.values["pose"])
         dx, dy = self._goals[goal, 0] - x, self._goals[goal, 1] - y
@@ -154,3 +182,13 @@ class Course:
             if np.linalg.norm(np.asarray(trail) - trail[-1], axis=1).max() < STUCK_M:
                 return "stuck"
         return ""
+
+
+def _relative(pose: np.ndarray, goals: np.ndarray) -> np.ndarray:
+    """(n, 3) unit x, unit y and scaled distance of (n, 2) goals in the body frame of (n, 4) poses."""
+    delta = goals - pose[:, :2]
+    c, s = pose[:, 2], pose[:, 3]
+    distance = np.hypot(delta[:, 0], delta[:, 1])
+    scale = 1.0 / np.maximum(distance * np.hypot(c, s), 1e-6)
+    ahead, left = c * delta[:, 0] + s * delta[:, 1], c * delta[:, 1] - s * delta[:, 0]
+    return np.stack([ahead * scale, left * scale, distance / GOAL_SCALE_M], axis=1)

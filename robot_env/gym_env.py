@@ -54,11 +54,16 @@ class GymTask:
     """A `Task` whose reward and termination come with the records."""
 
     start = (0.0, 0.0, 0.0)
+    relabels = False
 
     def __init__(self, task: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
         self.spec = task
         self.observation_size = channels[0].size
         self.rest = np.zeros(command.size, np.float32)
+
+    def walls(self) -> list[np.ndarray]:
+        """None."""
+        return []
 
     def begin(self, reading: Reading) -> None:
         """Nothing to keep."""
@@ -78,6 +83,12 @@ class GymTask:
     def spot(self, reading: Reading) -> tuple[float, float, float]:
         """Nothing to set down."""
         return self.start
+
+    def in_hindsight(
+        self, batch: dict[str, np.ndarray], future: np.ndarray, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """No goals to draw again."""
+        return batch
 
 
 class GymEnv(gymnasium.Env):

@@ -13,7 +13,7 @@ PAUSE_S = 0.3  # let the car and its sensors settle (RACER: 0.5 s)
 BACK_MPS = -1.0  # FastRLAP: 1 s of raw speed -1 m/s; here until the way ahead is free
 FORWARD_MPS = 0.8
 BACK_S, FORWARD_S = 1.6, 2.5  # then try the other way
-BLOCKED_S, BLOCKED_M = 0.5, 0.08  # moved less than this in that time: something is in the way
+BLOCKED_S, BLOCKED_MPS = 0.6, 0.15  # slower than this after that time: something is in the way
 LOOKAHEAD_M = 0.8
 ALIGNED_RAD = 0.5
 CLEAR_M = 0.3  # driven forward without being blocked
@@ -28,7 +28,7 @@ class DriveReset:
         self._command, self._line, self._hz = command, line, hz
         self._free = max(0.2, width_m / 2 - 0.3)  # how far off the line is still well inside
         self._phase, self._ticks, self._switches = "pause", 0, 0
-        self._trail: list[np.ndarray] = []
+        self._from: np.ndarray | None = None  # where this phase began
 
     def wish(self, reading: Reading) -> np.ndarray | None:
         """(2,) action-unit wish, or None when the car can try again."""
@@ -36,23 +36,25 @@ class DriveReset:
             self.needs_hand = float(reading.values["accel"][2]) < UPRIGHT_MPS2
             return self._wish(0.0, 0.0)
         position = reading.values["pose"][:2].astype(np.float64)
+        self._from = position if self._from is None else self._from
         angle, heading_error, offset = self._aim(reading)
-        self._trail.append(position)
+        aligned = abs(angle) < ALIGNED_RAD and abs(heading_error) < ALIGNED_RAD + 0.2
         self._ticks += 1
         elapsed = self._ticks / self._hz
-        moved = float(np.linalg.norm(position - self._trail[0]))
+        moved = float(np.linalg.norm(position - self._from))
+        speed = float(reading.values["velocity"][0])
         if self._phase == "pause":
             if elapsed >= PAUSE_S:
-                self._switch("back")
+                self._switch("forward" if aligned else "back", position)
             return self._wish(0.0, 0.0)
+        blocked = elapsed > BLOCKED_S and speed * (1 if self._phase == "forward" else -1) < BLOCKED_MPS
         if self._phase == "back":
-            turned = abs(angle) < 0.3 and moved > 0.25
-            if turned or self._blocked() or elapsed > BACK_S:
-                self._switch("forward")
-        elif self._aligned(angle, heading_error, offset) and moved > CLEAR_M:
+            if blocked or elapsed > BACK_S or (abs(angle) < 0.3 and moved > 0.25):
+                self._switch("forward", position)
+        elif aligned and abs(offset) < self._free and moved > CLEAR_M and speed > BLOCKED_MPS:
             return None
-        elif self._blocked() or elapsed > FORWARD_S:
-            self._switch("back")
+        elif blocked or elapsed > FORWARD_S:
+            self._switch("back", position)
         return self._drive(angle)
 
     def _drive(self, angle: float) -> np.ndarray:
@@ -70,17 +72,8 @@ class DriveReset:
         angle = _wrap(math.atan2(target[1] - y, target[0] - x) - heading)
         return angle, _wrap(float(self._line.heading(along + LOOKAHEAD_M / 2)) - heading), float(offset)
 
-    def _aligned(self, angle: float, heading_error: float, offset: float) -> bool:
-        return abs(angle) < ALIGNED_RAD and abs(heading_error) < ALIGNED_RAD + 0.2 and abs(offset) < self._free
-
-    def _blocked(self) -> bool:
-        window = max(2, round(BLOCKED_S * self._hz))
-        if len(self._trail) <= window:
-            return False
-        return float(np.linalg.norm(self._trail[-1] - self._trail[-1 - window])) < BLOCKED_M
-
-    def _switch(self, phase: str) -> None:
-        self._phase, self._ticks, self._trail = phase, 0, self._trail[-1:]
+    def _switch(self, phase: str, position: np.ndarray) -> None:
+        self._phase, self._ticks, self._from = phase, 0, position
         self._switches += 1
 
     def _wish(self, speed: float, steering: float) -> np.ndarray:

@@ -78,13 +78,15 @@ class Fold:
         return out
 
 
+    def close(self) -> list[Sample]:
+        """The end of a recording that was cut short: its last observation closes the segment."""
+        pending, self._pending = self._pending, None
+        return [] if pending is None else [replace(pending, action=None, train=False)]
+
+
 def samples(task: Task, records: Iterable[Record]) -> Iterator[Sample]:
-    """The samples of a recording under `task`, closed by a final observation even if it was cut short."""
-    fold = Fold(task, relabel=True)
-    last: Sample | None = None
+    """The samples of a recording under `task`: reward and termination computed again where it can."""
+    fold = Fold(task, relabel=task.relabels)
     for record in records:
-        for last in fold.push(record):
-            yield last
-    pending = fold._pending
-    if pending is not None:
-        yield replace(pending, action=None, train=False)
+        yield from fold.push(record)
+    yield from fold.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ else:
 
 KINDS = ("course",)  # walk and manipulate come with their robots
 MAX_FILE_BYTES = 4_000_000
-_SHIPPED = resources.files("tether.robot_env.tasks")
+_SHIPPED = Path(__file__).parent / "tasks"
 
 
 class TaskError(ValueError):
@@ -86,8 +85,13 @@ class Task(Protocol):
 
     spec: TaskSpec
     observation_size: int
+    relabels: bool  # reward and termination can be computed from readings alone
     rest: np.ndarray  # (n,) the action of a robot at rest: what was "executed" before the first step
     start: tuple[float, float, float]  # where a twin is placed, x m, y m, heading rad
+
+    def walls(self) -> list[np.ndarray]:
+        """Closed polylines (k, 2) in m that a twin puts up."""
+        ...
 
     def begin(self, reading: Reading) -> Any:
         """Progress at the first reading of a stream."""
@@ -111,9 +115,16 @@ class Task(Protocol):
         ...
 
 
+    def in_hindsight(
+        self, batch: dict[str, np.ndarray], future: np.ndarray, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """A sampled batch with `spec.hindsight` of its goals drawn again; `future` (n, o): later observations."""
+        ...
+
+
 def shipped() -> list[str]:
     """Names of the tasks in the package."""
-    return sorted(p.name[:-5] for p in _SHIPPED.iterdir() if p.name.endswith(".toml"))
+    return sorted(p.stem for p in _SHIPPED.glob("*.toml"))
 
 
 def load(source: str) -> TaskSpec:
