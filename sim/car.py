@@ -36,7 +36,7 @@ WIDTH_M, LENGTH_M = 0.28, 0.44  # over the bumpers
 WALL_HEIGHT_M, WALL_THICKNESS_M = 0.3, 0.05
 WALL_TOLERANCE_M = 0.01  # wall vertices this close to a straight line are left out: fewer boxes
 TOUCH_GAP_S = 0.5  # a touch after this long without is a new contact
-BUMPER_SOLREF, BUMPER_SOLIMP = (0.01, 1.0), (0.5, 0.95, 0.01, 0.5, 2.0)  # as in the model file
+BUMPER_SOLREF, BUMPER_SOLIMP = (0.01, 1.0), (0.8, 0.95, 0.003, 0.5, 2.0)  # as in the model file
 GRAVITY_MPS2 = 9.81
 
 # Noise: accel and gyro of a hobby IMU on a vibrating chassis (UM7 class); velocity and pose of a tracking

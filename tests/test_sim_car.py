@@ -278,7 +278,7 @@ def test_accel_is_a_mean_and_shock_a_peak_since_the_last_read():
     assert first.values["shock"][0] > 20.0  # remembered though it happened long ago
     assert np.abs(first.values["accel"][:2]).max() < 5.0
     robot.sleep(0.2)
-    assert robot.read().values["shock"][0] < 10.0
+    assert robot.read().values["shock"][0] < 10.0  # pushing is not hitting
 
 
 def test_noise_has_the_declared_size():
@@ -408,6 +408,26 @@ def test_walls_hold_at_full_speed(heading):
     assert min(t["upright"] for t in truths) > 0.8  # it does not climb
     back = drive(robot, -1.0, 0.0, 2.0)
     assert back[-1]["speed"] < -0.5 and back[-1]["touching"] == 0.0  # and comes free again
+
+
+def test_walls_give_back_no_energy():
+    angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    ring = 3.0 * np.column_stack([np.cos(angles), np.sin(angles)])
+    robot = twin(walls=[ring], noise=False)
+    data, rng = robot.world.data, np.random.default_rng(0)
+    for _ in range(400):  # thrown at the wall at 4 m/s from close by, at any angle
+        where = rng.uniform(0, 2 * np.pi)
+        robot.place((2.65 * math.cos(where), 2.65 * math.sin(where), where + rng.uniform(-1.4, 1.4)))
+        heading = robot.truth()["heading"] + rng.normal(0.0, 0.15)
+        data.qvel[:2] = 4.0 * math.cos(heading), 4.0 * math.sin(heading)
+        data.qvel[robot._hubs] = 4.0 / car.WHEEL_RADIUS_M
+        robot.write(np.array([4.5, 0.0]))
+        robot.sleep(0.1)
+        truth = robot.truth()
+        assert truth["touching"] or truth["contacts"]
+        assert np.hypot(*data.qvel[:2]) < 4.3 and abs(data.qvel[5]) < 15.0
+        assert data.qpos[2] < 0.08 and truth["upright"] > 0.9
+        assert math.hypot(truth["x"], truth["y"]) < 2.9
 
 
 def test_the_wall_face_is_where_the_polyline_is():
