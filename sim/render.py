@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import Any, Protocol
@@ -69,9 +70,7 @@ def frame(twin: Simulated, width: int = 320, height: int = 240, camera: str = "c
         most = f"{model.vis.global_.offwidth}x{model.vis.global_.offheight}"
         raise DriverError(f"a frame of {width}x{height} pixels is not possible; at most {most}")
     if _canvas is None or _canvas.model is not model or _canvas.size != (width, height):
-        if _canvas is not None:
-            _canvas.free()
-            _canvas = None
+        _release()
         _canvas = _Canvas(model, width, height)
     c = _canvas
     c.gl.make_current()
@@ -85,6 +84,14 @@ def frame(twin: Simulated, width: int = 320, height: int = 240, camera: str = "c
     mujoco.mjr_render(viewport, c.scene, c.context)
     mujoco.mjr_readPixels(pixels, None, viewport, c.context)
     return pixels[::-1].copy()
+
+
+@atexit.register  # before the interpreter takes EGL apart
+def _release() -> None:
+    global _canvas
+    if _canvas is not None:
+        _canvas.free()
+        _canvas = None
 
 
 def view(twin: Simulated) -> Any:
