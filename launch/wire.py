@@ -43,73 +43,63 @@ class VersionError(WireError):
     """The other side speaks another version of the protocol."""
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MAX_INT
-
-
-def _is_text(value: Any) -> bool:
-    return type(value) is str and len(value.encode(errors="replace")) <= MAX_TEXT
-
-
-def _is_flag(value: Any) -> bool:
-    return type(value) is bool
-
-
-def _is_stream(value: Any) -> bool:
-    return type(value) is str and re.fullmatch("[0-9a-f]{16}", value) is not None
-
-
-def _is_sha256(value: Any) -> bool:
-    return type(value) is str and re.fullmatch("([0-9a-f]{64})?", value) is not None
-
-
-def _is_numbers(value: Any) -> bool:
-    return (
-        type(value) is dict and len(value) <= 64 and all(map(_is_text, value))
-        and all(type(v) in (int, float) and math.isfinite(v) for v in value.values())
-    )
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "count": lambda v: type(v) is int and 0 <= v < MAX_INT,
+    "text": lambda v: type(v) is str and len(v.encode(errors="replace")) <= MAX_TEXT,
+    "flag": lambda v: type(v) is bool,
+    "stream": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{16}", v) is not None,
+    "sha256": lambda v: type(v) is str and re.fullmatch("([0-9a-f]{64})?", v) is not None,
+    "numbers": lambda v: type(v) is dict and len(v) <= 64 and all(
+        KINDS["text"](k) and type(x) in (int, float) and math.isfinite(x) for k, x in v.items()
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One kind of message: who sends it, what its header holds, what it is for."""
+    """One type of message: who sends it, what its header holds, what it is for."""
 
     sender: str  # "actor" or "learner"
-    fields: dict[str, Callable[[Any], bool]]
+    header: str  # name:kind of each field
     about: str
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Field name -> one of KINDS."""
+        return dict(field.split(":") for field in self.header.split())  # type: ignore[misc]
 
 
 MESSAGES = {
-    "HELLO": Shape("actor", {
-        "stream_id": _is_stream, "spec_hash": _is_sha256, "first_seq": _is_count, "next_seq": _is_count,
-        "software": _is_text, "spool": _is_count, "weights_version": _is_count,
-    }, "on each connect; body: the stream's Meta as JSON, or empty to ask what there is to do"),
-    "WELCOME": Shape("learner", {
-        "session": _is_stream, "expected_seq": _is_count, "weights_version": _is_count,
-        "run_until": _is_count,
-    }, "body: JSON for the actor that asked (task, policy), else empty"),
-    "REFUSE": Shape("learner", {"reason": _is_text, "again": _is_flag},
-                    "body: UTF-8, the differences; `again`: the learner does not know this actor, say HELLO"),
-    "DATA": Shape("actor", {"stream_id": _is_stream, "seq0": _is_count, "n": _is_count},
-                  "records seq0 .. seq0+n-1, n from 1 to 32; body: each as length u32 and payload"),
-    "ACK": Shape("learner", {"stream_id": _is_stream, "cum_seq": _is_count, "run_until": _is_count},
-                 "all up to cum_seq is stored; run_until: the step the actor may reach; answers STATUS too"),
-    "GAP": Shape("actor", {
-        "stream_id": _is_stream, "first": _is_count, "last": _is_count, "reason": _is_text,
-    }, "these records will never come"),
-    "STATUS": Shape("actor", {
-        "stream_id": _is_stream, "state": _is_text, "spool": _is_count, "weights_version": _is_count,
-        "weights_bytes": _is_count, "stats": _is_numbers,
-    }, "twice a second, and after each WCHUNK: weights_bytes came of the transfer; state: run or closed"),
-    "WBEGIN": Shape("learner", {
-        "version": _is_count, "layout_hash": _is_sha256, "nbytes": _is_count, "sha256": _is_sha256,
-    }, "weights follow; body: their layout; a newer version supersedes an unfinished one"),
-    "WCHUNK": Shape("learner", {"version": _is_count, "offset": _is_count}, "body: at most 256 KiB"),
-    "WEND": Shape("learner", {"version": _is_count}, "all chunks were sent"),
-    "WRESULT": Shape("actor", {"version": _is_count, "applied": _is_flag, "reason": _is_text},
-                     "the verdict on a transfer; asks for the next"),
-    "STOP": Shape("learner", {"reason": _is_text}, "end cleanly; it may only make the robot safer"),
+    "HELLO": Shape(
+        "actor", "stream_id:stream spec_hash:sha256 first_seq:count next_seq:count software:text spool:count "
+        "weights_version:count",
+        "on each connect; body: the stream's Meta as JSON, or empty to ask what there is to do"),
+    "WELCOME": Shape(
+        "learner", "session:stream expected_seq:count weights_version:count run_until:count",
+        "body: JSON for the actor that asked (task, policy), else empty"),
+    "REFUSE": Shape(
+        "learner", "reason:text again:flag",
+        "body: UTF-8, the differences; again: the learner does not know this actor, say HELLO"),
+    "DATA": Shape(
+        "actor", "stream_id:stream seq0:count n:count",
+        "records seq0 .. seq0+n-1, n from 1 to 32; body: each as length u32 and payload"),
+    "ACK": Shape(
+        "learner", "stream_id:stream cum_seq:count run_until:count",
+        "all up to cum_seq is stored; run_until: the step the actor may reach; answers STATUS too"),
+    "GAP": Shape("actor", "stream_id:stream first:count last:count reason:text", "these will never come"),
+    "STATUS": Shape(
+        "actor", "stream_id:stream state:text spool:count weights_version:count weights_bytes:count "
+        "stats:numbers",
+        "twice a second, and after each WCHUNK: weights_bytes came of the transfer; state: run or closed"),
+    "WBEGIN": Shape(
+        "learner", "version:count layout_hash:sha256 nbytes:count sha256:sha256",
+        "weights follow; body: their layout; a newer version supersedes an unfinished one"),
+    "WCHUNK": Shape("learner", "version:count offset:count", "body: at most 256 KiB"),
+    "WEND": Shape("learner", "version:count", "all chunks were sent"),
+    "WRESULT": Shape("actor", "version:count applied:flag reason:text", "the verdict; asks for the next"),
+    "STOP": Shape("learner", "reason:text", "end cleanly; it may only make the robot safer"),
 }
+_FIELDS = {kind: shape.fields for kind, shape in MESSAGES.items()}
 
 
 class Message(NamedTuple):
@@ -159,13 +149,13 @@ def decode(frames: Sequence[bytes], sender: str) -> Message:
 
 
 def _check(kind: str, fields: dict[str, Any]) -> None:
-    shape = MESSAGES.get(kind)
-    if shape is None:
+    due = _FIELDS.get(kind)
+    if due is None:
         raise WireError(f"unknown message {clip(kind)!r}")
-    if fields.keys() != shape.fields.keys():
-        raise WireError(f"{kind} has the fields {', '.join(shape.fields)}")
-    for name, check in shape.fields.items():
-        if not check(fields[name]):
+    if fields.keys() != due.keys():
+        raise WireError(f"{kind} has the fields {', '.join(due)}")
+    for name, what in due.items():
+        if not KINDS[what](fields[name]):
             raise WireError(f"{kind}: {name} is of the wrong type or out of bounds")
 
 
@@ -292,8 +282,10 @@ class Inbox:
 
     def _wend(self, message: Message) -> dict[str, np.ndarray] | None:
         begin = self._begin
-        if begin is None or message.fields["version"] != begin["version"]:
-            return None
+        if begin is None:
+            raise WireError("its beginning was refused or lost")
+        if message.fields["version"] != begin["version"]:
+            return None  # superseded
         if self._filled != len(self._data):
             raise WireError(f"{self._filled} of {len(self._data)} bytes came")
         data = bytes(self._data)
@@ -318,12 +310,10 @@ def _parse_layout(layout: bytes, nbytes: int) -> list[tuple[str, tuple[int, ...]
         found = [(name, tuple(shape)) for name, dtype, shape in rows if dtype == "f4"]
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise WireError(f"malformed layout: {error}") from None
-    good = (
-        len(found) == len(rows) > 0
-        and all(_is_text(name) and len(shape) <= 8 and all(map(_is_count, shape)) for name, shape in found)
-    )
-    names = [name for name, _ in found]
-    if not good or names != sorted(set(names)) or sum(4 * math.prod(shape) for _, shape in found) != nbytes:
+    names, shapes = [name for name, _ in found], [shape for _, shape in found]
+    good = len(found) == len(rows) > 0 and all(map(KINDS["text"], names)) and names == sorted(set(names))
+    good = good and all(len(shape) <= 8 and all(map(KINDS["count"], shape)) for shape in shapes)
+    if not good or sum(4 * math.prod(shape) for shape in shapes) != nbytes:
         raise WireError("malformed layout")
     return found
 

@@ -1,0 +1,772 @@
+"""The link on real sockets: each record once and in order whatever restarts, weights whole or not at all."""
+
+from __future__ import annotations
+
+import random
+import select
+import socket as sockets
+import threading
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import msgpack
+import numpy as np
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tether.drivers.base import Channel, Command, Reading
+from tether.launch import pump, transport, wire
+from tether.launch.spool import Spool
+from tether.launch.transport import ActorLink, LearnerLink
+from tether.launch.wire import WireError
+from tether.robot_env.record import MAX_PAYLOAD, Meta, Record, RecordError, encode
+
+CHANNELS = (Channel("pose", 2, "m", 50, 0.05, (1.0, 1.0)),)
+COMMAND = Command(("v",), ("m/s",), (-1.0,), (1.0,), (-1.0,), (1.0,), (5.0,), (0.0,))
+ANY = "tcp://127.0.0.1:*"
+PATIENCE = 20.0  # s, for what is awaited; never for what is asserted
+PARAMS = {"mean/kernel": np.ones((2, 1), np.float32), "mean/bias": np.zeros(1, np.float32)}
+
+
+def describe(**changes):
+    return replace(Meta.of("car", "the task", 10, CHANNELS, COMMAND), **changes)
+
+
+SPEC = describe()
+
+
+def payload(seq, number=None):
+    reading = Reading({"pose": np.full(2, seq, np.float32)}, {"pose": 0.1 * seq})
+    action = np.zeros(1, np.float32)
+    return encode(Record(number or seq, 0.1 * seq, reading, action, 1.0, False, False, "policy", 0, {}))
+
+
+@contextmanager
+def learner(bind=ANY, spec=SPEC, welcome=None, **options):
+    link = LearnerLink(bind, spec, welcome or {"task": "the task"}, **options)
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+@contextmanager
+def actor(address, meta=None, flush=PATIENCE):
+    link = ActorLink(address)
+    try:
+        if meta is not None:
+            link.begin(meta, PATIENCE)
+        yield link
+    finally:
+        link.close(flush)
+
+
+@contextmanager
+def raw(kind, address):
+    """A peer that says what it likes."""
+    context = zmq.Context()
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.RCVTIMEO, int(PATIENCE * 1000))
+    if kind == zmq.ROUTER:
+        socket.bind(address)
+    else:
+        socket.connect(address)
+    try:
+        yield socket
+    finally:
+        socket.close()
+        context.term()
+
+
+def until(link, predicate):
+    with link._pump.changed:
+        assert link._pump.changed.wait_for(lambda: predicate() or link._pump.error, PATIENCE)
+        link._pump.check()
+
+
+def collect(link, count):
+    found = []
+    while len(found) < count:
+        came = link.poll(PATIENCE)
+        assert came, f"{len(found)} of {count} records"
+        found += came
+    assert len(found) == count
+    return found
+
+
+def seqs(found, stream=None):
+    return [record.seq for name, record in found if stream in (None, name)]
+
+
+def free_address():
+    with sockets.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def hello(meta, first=1, after=1, **changes):
+    fields = {
+        "stream_id": meta.stream, "spec_hash": meta.spec_hash, "first_seq": first, "next_seq": after,
+        "software": "test", "spool": 0, "weights_version": 0,
+    }
+    return wire.encode("HELLO", meta.to_json(), **fields | changes)
+
+
+def data(meta, first, *payloads):
+    body = wire.pack_records(payloads)
+    return wire.encode("DATA", body, stream_id=meta.stream, seq0=first, n=len(payloads))
+
+
+def next_of(socket, kind):
+    """The next message of a kind that a raw actor gets."""
+    while True:
+        message = wire.decode(socket.recv_multipart(), "learner")
+        if message.kind == kind:
+            return message
+
+
+# --- records
+
+
+def test_records_arrive_in_order_and_are_stored_before_they_are_acknowledged():
+    stored, meta = [], describe()
+
+    def journal(whose, first, payloads):
+        assert whose == meta and left._spool.first <= first
+        stored.extend(payloads)
+
+    with learner(journal=journal) as link, actor(link.address) as left:
+        assert left.start(PATIENCE) == {"task": "the task"}
+        left.begin(meta, PATIENCE)
+        sent = [payload(i) for i in range(1, 301)]
+        for i, p in enumerate(sent):
+            left.send(i + 1, p)
+        found = collect(link, 300)
+        assert seqs(found, meta.stream) == list(range(1, 301))
+        assert found[7][1].reading.values["pose"].tolist() == [8.0, 8.0]
+        until(left, lambda: len(left._spool) == 0)
+        assert stored == sent
+        assert link.status()[meta.stream]["received"] == 300
+
+
+def test_what_is_sent_before_there_is_a_learner_is_kept():
+    address, meta = free_address(), describe()
+    link = ActorLink(address)
+    for i in range(1, 51):
+        link.send(i, payload(i))
+    with learner(address) as there:
+        link.begin(meta, PATIENCE)
+        assert seqs(collect(there, 50)) == list(range(1, 51))
+        assert link.close() == 0
+
+
+def test_a_restarted_learner_that_knows_its_journal_gets_each_record_once():
+    address, meta, stored = free_address(), describe(), []
+    total, per_life = 1200, 300
+
+    def journal(_, first, payloads):
+        stored.extend(range(first, first + len(payloads)))
+
+    link = ActorLink(address)
+    feeder = threading.Thread(target=lambda: [link.send(i, payload(i)) for i in range(1, total + 1)])
+    given = []
+    while len(given) < total:
+        expected = {meta.stream: len(stored) + 1} if stored else None
+        with learner(address, journal=journal, expected=expected) as there:
+            if not given:
+                link.begin(meta, PATIENCE)
+                feeder.start()
+            target = min(len(given) + per_life, total)
+            while len(given) < target:
+                given += seqs(there.poll(PATIENCE))
+            there.close()
+            given += seqs(there.poll())  # what was acknowledged counts, taken or not
+    feeder.join()
+    assert given == stored == list(range(1, total + 1))
+    link.close(0)
+
+
+def test_a_learner_that_forgot_a_stream_goes_on_where_the_actor_is():
+    address, meta = free_address(), describe()
+    with learner(address) as first:
+        link = ActorLink(address)
+        link.begin(meta, PATIENCE)
+        for i in range(1, 6):
+            link.send(i, payload(i))
+        assert seqs(collect(first, 5)) == [1, 2, 3, 4, 5]
+        until(link, lambda: link._spool.first == 6)
+    for i in range(6, 9):
+        link.send(i, payload(i))
+    with learner(address) as second:
+        assert seqs(collect(second, 3)) == [6, 7, 8]
+        assert link.close() == 0
+
+
+def test_acknowledged_records_that_a_learner_lost_are_a_gap_and_no_deadlock():
+    address, meta = free_address(), describe()
+    with learner(address) as first:
+        link = ActorLink(address)
+        link.begin(meta, PATIENCE)
+        for i in range(1, 6):
+            link.send(i, payload(i))
+        collect(first, 5)
+        until(link, lambda: link._spool.first == 6)
+    link.send(6, payload(6))
+    with learner(address, expected={meta.stream: 3}) as second:
+        assert seqs(collect(second, 1)) == [6]
+        assert second.status()[meta.stream]["missing"] == 3
+        assert link.close() == 0
+
+
+def test_a_restarted_actor_is_a_new_stream():
+    with learner() as link:
+        metas = [describe(), describe()]
+        for meta in metas:
+            with actor(link.address, meta) as one:
+                for i in range(1, 4):
+                    one.send(i, payload(i))
+        found = collect(link, 6)
+        assert all(seqs(found, meta.stream) == [1, 2, 3] for meta in metas)
+        assert link.wait_closed(PATIENCE)
+        assert {s["state"] for s in link.status().values()} == {"closed"}
+
+
+def test_several_actors_feed_one_learner():
+    metas, count = [describe() for _ in range(4)], 200
+
+    def drive(meta):
+        with actor(link.address, meta) as one:
+            for i in range(1, count + 1):
+                one.send(i, payload(i))
+                assert one.wait_run_until(i // 50, PATIENCE)
+
+    with learner() as link:
+        threads = [threading.Thread(target=drive, args=(meta,)) for meta in metas]
+        for thread in threads:
+            thread.start()
+        found = []
+        while len(found) < count * len(metas):
+            for name, record in link.poll(PATIENCE):
+                found.append((name, record))
+                link.set_run_until(name, record.seq)
+        for thread in threads:
+            thread.join()
+    for meta in metas:
+        assert seqs(found, meta.stream) == list(range(1, count + 1))
+
+
+class Proxy:
+    """Forwards TCP to a learner and cuts every connection when told."""
+
+    def __init__(self, target):
+        self._target = tuple(target.removeprefix("tcp://").split(":"))
+        self._server = sockets.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
+        self._pairs, self._lock, self._ended = [], threading.Lock(), False
+        self._wake, self._woken = sockets.socketpair()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def cut(self):
+        self._wake.send(b"x")
+
+    def close(self):
+        self._ended = True
+        self._wake.send(b"x")
+        self._thread.join()
+        for each in (self._server, self._wake, self._woken):
+            each.close()
+
+    def _run(self):
+        peers = {}
+        while not self._ended:
+            for ready in select.select([self._server, self._woken, *peers], [], [])[0]:
+                if ready is self._server:
+                    one = self._server.accept()[0]
+                    other = sockets.create_connection((self._target[0], int(self._target[1])))
+                    peers |= {one: other, other: one}
+                elif ready is self._woken or ready not in peers:
+                    if ready is self._woken:
+                        ready.recv(64)
+                        self._drop(peers, list(peers))
+                else:
+                    chunk = b""
+                    with suppress(OSError):
+                        chunk = ready.recv(65536)
+                        peers[ready].sendall(chunk)
+                    if not chunk:
+                        self._drop(peers, [ready, peers[ready]])
+        self._drop(peers, list(peers))
+
+    @staticmethod
+    def _drop(peers, which):
+        for each in which:
+            peers.pop(each, None)
+            each.close()
+
+
+def test_cut_connections_neither_lose_nor_double_a_record():
+    rng, total, meta = random.Random(3), 3000, describe()
+    cuts = set(rng.sample(range(1, total), 8))
+    with learner() as link:
+        proxy = Proxy(link.address)
+        with actor(proxy.address, meta) as one:
+            found = []
+            for i in range(1, total + 1):
+                one.send(i, payload(i))
+                if i in cuts:
+                    proxy.cut()
+                    link.publish(i, PARAMS)
+                if i % 100 == 0:  # let it come through, so that cuts fall on a live connection
+                    until(one, lambda i=i: one._spool.first > i - 50)
+                    found += link.poll()
+            found += collect(link, total - len(found))
+            until(one, lambda: one._inbox.version == max(cuts))
+        assert seqs(found) == list(range(1, total + 1))
+        assert link.poll() == []
+        proxy.close()
+
+
+def test_unacknowledged_records_are_sent_again_and_acks_that_overtake_are_taken(monkeypatch):
+    monkeypatch.setattr(transport, "GO_BACK_S", 0.05)
+    address, meta = free_address(), describe()
+    with raw(zmq.ROUTER, address) as fake, actor(address, flush=0) as one:
+        def answer(kind, **fields):
+            fake.send_multipart([route, *wire.encode(kind, **fields)])
+
+        def expect(kind):
+            while True:
+                route, *frames = fake.recv_multipart()
+                message = wire.decode(frames, "actor")
+                if message.kind == kind and message.fields.get("spec_hash", "x"):
+                    return route, message
+
+        opener = threading.Thread(target=one.begin, args=(meta, PATIENCE))
+        opener.start()
+        route, _ = expect("HELLO")
+        answer("WELCOME", session="0" * 16, expected_seq=1, weights_version=0, run_until=0)
+        opener.join()
+        for i in range(1, 4):
+            one.send(i, payload(i))
+        seen = []
+        while seen.count(1) < 3:  # twice again, without an ack
+            seen.append(expect("DATA")[1].fields["seq0"])
+        for seq in (9, 3):  # the first is of a record that does not exist
+            answer("ACK", stream_id=meta.stream, cum_seq=seq, run_until=5)
+        assert one.wait_run_until(5, PATIENCE)
+        assert one._spool.first == 4 and one.malformed == 1
+        answer("ACK", stream_id=meta.stream, cum_seq=0, run_until=2)  # old: changes nothing
+        one.send(4, payload(4))
+        while (got := expect("DATA")[1].fields["seq0"]) != 4:
+            assert got < 4  # sent before the ack came
+        assert one.run_until == 5
+        answer("WELCOME", session="0" * 16, expected_seq=99, weights_version=0, run_until=0)
+        until(one, lambda: one.malformed == 2)
+
+
+def test_doubled_early_and_foreign_data_are_not_taken():
+    meta, other = describe(), describe()
+    with learner() as link, raw(zmq.DEALER, link.address) as peer:
+        peer.send_multipart(data(meta, 1, payload(1)))
+        assert next_of(peer, "REFUSE").fields["again"]
+        peer.send_multipart(hello(meta))
+        assert next_of(peer, "WELCOME").fields["expected_seq"] == 1
+        peer.send_multipart(data(meta, 1, payload(1), payload(2)))
+        peer.send_multipart(data(meta, 1, payload(1), payload(2), payload(3)))
+        peer.send_multipart(data(meta, 7, payload(7)))
+        peer.send_multipart(data(other, 4, payload(4)))
+        assert next_of(peer, "REFUSE").fields["again"]
+        while next_of(peer, "ACK").fields["cum_seq"] != 3:
+            pass
+        for bad in (payload(4, number=5), b"nonsense", b""):
+            peer.send_multipart(data(meta, 4, bad))
+        until(link, lambda: link.malformed == 3)
+        peer.send_multipart(data(meta, 4, payload(4)))
+        assert seqs(collect(link, 4)) == [1, 2, 3, 4]
+
+
+def test_close_says_how_much_was_not_delivered():
+    with learner() as link:
+        one = ActorLink(link.address)
+        one.begin(describe(), PATIENCE)
+    for i in range(1, 4):
+        one.send(i, payload(i))
+    assert one.close(0.0) == 3
+    assert one.close() == 3
+
+
+# --- saying hello
+
+
+def test_no_learner_is_one_clear_line_and_waiting_can_be_given_up():
+    address, waited = free_address(), []
+
+    def give_up(seconds):
+        waited.append(seconds)
+        raise InterruptedError
+
+    with actor(address) as one:
+        with pytest.raises(WireError, match=f"no learner at {address} .*tether learner"):
+            one.start(timeout=0.0)
+        with pytest.raises(InterruptedError):
+            one.start(timeout=None, on_wait=give_up)
+    assert len(waited) == 1
+
+
+def test_a_learner_that_comes_later_is_found():
+    address = free_address()
+    with actor(address) as one:
+        started = []
+        thread = threading.Thread(target=lambda: started.append(one.start(timeout=None)))
+        thread.start()
+        with learner(address, welcome={"task": "later", "seed": 3}):
+            thread.join()
+    assert started == [{"task": "later", "seed": 3}]
+
+
+def test_another_robot_is_refused_with_the_difference():
+    with learner() as link:
+        for changes, line in (
+            ({"hz": 20.0}, "hz: 10.0 here, 20.0 there"), ({"robot": "arm"}, "robot: car here, arm there"),
+            ({"channels": (("pose", 3, "m", 50.0),)}, r"channel pose: \[2, 'm'.* here, \[3, 'm'"),
+        ):
+            with pytest.raises(WireError, match=line), actor(link.address) as one:
+                one.begin(describe(**changes), PATIENCE)
+        with actor(link.address) as one:
+            with pytest.raises(WireError, match="refuses"):
+                one.begin(describe(hz=7.0), PATIENCE)
+            with pytest.raises(WireError, match="refuses"):
+                one.send(1, payload(1))
+        assert link.status() == {}
+
+
+def test_a_stream_from_the_learners_future_is_refused():
+    meta = describe()
+    with learner(expected={meta.stream: 10}) as link, actor(link.address) as one:
+        with pytest.raises(WireError, match="cannot go on here"):
+            one.begin(meta, PATIENCE)
+
+
+def test_hello_that_contradicts_itself_is_dropped():
+    meta = describe()
+    with learner() as link, raw(zmq.DEALER, link.address) as peer:
+        for bad in (hello(meta, spec_hash="a" * 64), hello(meta, stream_id="0" * 16)):
+            peer.send_multipart(bad)
+        peer.send_multipart(wire.encode("HELLO", b"{}", **wire.decode(hello(meta), "actor").fields))
+        until(link, lambda: link.malformed == 3)
+        assert link.status() == {}
+
+
+def test_another_protocol_is_said_on_both_sides():
+    foreign = [msgpack.packb({"v": 99, "t": "HI"}), b""]
+    with learner() as link, raw(zmq.DEALER, link.address) as peer:
+        peer.send_multipart(foreign)
+        assert "version 99" in next_of(peer, "REFUSE").fields["reason"]
+    address = free_address()
+    with raw(zmq.ROUTER, address) as fake, actor(address) as one:
+        fake.send_multipart([fake.recv_multipart()[0], *foreign])
+        with pytest.raises(WireError, match="version 99 .*install the same tether on both"):
+            one.start(PATIENCE)
+
+
+# --- weights
+
+
+def test_weights_reach_every_actor_now_and_later_and_are_given_once():
+    big = PARAMS | {"dense0/kernel": np.random.default_rng(0).standard_normal((400, 500)).astype(np.float32)}
+    with learner() as link, actor(link.address, describe()) as one:
+        assert one.weights() is None
+        link.publish(3, big)
+        until(one, lambda: one._fresh is not None)
+        number, params = one.weights()
+        assert number == 3 and all(np.array_equal(params[k], v) for k, v in big.items())
+        assert one.weights() is None
+        link.publish(5, big)
+        link.publish(6, big)
+        until(one, lambda: one._inbox.version == 6)
+        assert one.wait_weights(PATIENCE)[0] == 6
+        assert one.wait_weights(0.0) is None
+        with actor(link.address, describe()) as late:
+            until(late, lambda: late._fresh is not None)
+            until(link, lambda: all(s.weights_version == 6 for s in link._streams.values()))
+        assert all(s["weights_age_s"] >= 0 for s in link.status().values())
+        with pytest.raises(WireError, match="not newer"):
+            link.publish(6, big)
+        with pytest.raises(WireError, match="not finite"):
+            link.publish(7, PARAMS | {"mean/bias": np.array([np.nan])})
+
+
+def test_a_restarted_learner_may_count_weights_from_the_start_again():
+    address = free_address()
+    with learner(address) as link:
+        one = ActorLink(address)
+        one.begin(describe(), PATIENCE)
+        link.publish(40, PARAMS)
+        until(one, lambda: one._inbox.version == 40)
+    for number in (40, 2):
+        with learner(address) as link:
+            link.publish(number, PARAMS)
+            one._fresh = None
+            until(one, lambda: one._fresh is not None)
+            assert one.weights()[0] == number
+    one.close(0)
+
+
+class Corrupt(wire.Weights):
+    """Weights whose second chunk is not what the checksum was made of."""
+
+    def messages(self):
+        for frames in super().messages():
+            message = wire.decode(frames, "learner")
+            if message.kind == "WCHUNK" and message.fields["offset"]:
+                frames = wire.encode("WCHUNK", bytes(len(message.body)), **message.fields)
+            yield frames
+
+
+@pytest.mark.parametrize(
+    "how, reason", [("corrupt", "checksum"), ("nan", "not finite"), ("layout", "changed")]
+)
+def test_bad_weights_are_refused_with_the_reason_and_the_next_ones_taken(how, reason):
+    params = {"w": np.ones(100_000, np.float32)}
+    with learner() as link, actor(link.address, describe()) as one:
+        link.publish(1, params)
+        until(one, lambda: one._fresh is not None)
+        good = wire.pack_weights(2, params)
+        bad = {
+            "corrupt": Corrupt(2, good.layout, good.data),
+            "nan": wire.Weights(2, good.layout, good.data[:-4] + b"\0\0\xc0\x7f"),
+            "layout": wire.pack_weights(2, {"v": params["w"]}),
+        }[how]
+        with link._pump.changed:
+            link._weights = bad
+        link._pump.wake()
+        until(link, lambda: any(s.refused[0] == 2 for s in link._streams.values()))
+        (status,) = link.status().values()
+        assert reason in status["weights_refused"] and status["weights_version"] == 1
+        assert one.weights()[0] == 1
+        link.publish(3, params)
+        until(one, lambda: one._fresh is not None)
+        assert one.weights()[0] == 3
+
+
+def test_chunks_wait_for_the_actor_so_that_acknowledgements_pass():
+    meta = describe()
+    with learner() as link, raw(zmq.DEALER, link.address) as peer:
+        peer.send_multipart(hello(meta))
+        next_of(peer, "WELCOME")
+        link.publish(1, {"w": np.ones(1_000_000, np.float32)})
+        for kind in ("WBEGIN", "WCHUNK", "WCHUNK"):
+            assert next_of(peer, kind)
+        peer.send_multipart(data(meta, 1, payload(1)))
+        message = wire.decode(peer.recv_multipart(), "learner")
+        assert message.kind == "ACK" and message.fields["cum_seq"] == 1
+        peer.send_multipart(wire.encode(
+            "STATUS", stream_id=meta.stream, state="run", spool=0, weights_version=0,
+            weights_bytes=wire.CHUNK, stats={},
+        ))
+        assert next_of(peer, "WCHUNK").fields["offset"] == 2 * wire.CHUNK
+
+
+# --- permission to go on, status, stop
+
+
+def test_run_until_wakes_the_actor_and_never_falls():
+    meta = describe()
+    with learner() as link, actor(link.address, meta) as one:
+        assert not one.wait_run_until(1, timeout=0.0)
+        waiting = threading.Thread(target=lambda: reached.append(one.wait_run_until(7, PATIENCE)))
+        reached = []
+        waiting.start()
+        link.set_run_until(meta.stream, 7)
+        waiting.join()
+        assert reached == [True]
+        link.set_run_until(meta.stream, 3)
+        link.set_run_until("f" * 16, 9)  # unknown: nobody to tell
+        one.send(1, payload(1))
+        collect(link, 1)
+        until(one, lambda: len(one._spool) == 0)
+        assert one.run_until == 7 and link.status()[meta.stream]["run_until"] == 7
+
+
+def test_what_the_actor_reports_is_in_the_learners_status():
+    meta = describe()
+    with learner() as link, actor(link.address, meta) as one:
+        one.report({"rate/late": 3, "rate/hz": np.float32(9.5)})
+        until(link, lambda: link._streams[meta.stream].stats)
+        status = link.status()[meta.stream]
+        assert status["stats"] == {"rate/late": 3.0, "rate/hz": 9.5}
+        assert status["state"] == "run" and status["age_s"] >= 0 and status["spool"] == 0
+        for bad in ({"x": float("nan")}, {str(i): 0.0 for i in range(65)}):
+            with pytest.raises(WireError):
+                one.report(bad)
+
+
+def test_stop_reaches_actors_that_wait_and_those_that_come_later():
+    with learner() as link, actor(link.address, describe()) as one:
+        waiting = threading.Thread(target=one.wait_run_until, args=(9, PATIENCE))
+        waiting.start()
+        link.stop("enough")
+        assert one.stopped.wait(PATIENCE) and one.stop_reason == "enough"
+        waiting.join()
+        with actor(link.address, describe()) as late:
+            assert late.stopped.wait(PATIENCE)
+            assert not link.wait_closed(0.0)
+        one.close()
+        assert link.wait_closed(PATIENCE)
+
+
+# --- addresses
+
+
+def test_a_busy_port_is_one_clear_line():
+    with learner() as link:
+        with pytest.raises(WireError, match=f"cannot listen on {link.address}: .*in use.*--bind"):
+            LearnerLink(link.address, SPEC, {})
+
+
+@pytest.mark.parametrize("make", [lambda a: LearnerLink(a, SPEC, {}), ActorLink])
+def test_nothing_leaves_this_machine_until_there_are_keys(make):
+    for host in ("0.0.0.0", "*", "192.168.1.7", "workstation", "8.8.8.8"):
+        with pytest.raises(WireError, match="no keys yet.*ssh -L"):
+            make(f"tcp://{host}:5555")
+    for address in ("", "127.0.0.1:5555", "udp://127.0.0.1:1", "tcp://127.0.0.1", "tcp://127.0.0.1:99999", "ipc://x"):
+        with pytest.raises(WireError, match="looks like tcp://127.0.0.1:5555"):
+            make(address)
+
+
+def test_localhost_is_loopback():
+    with learner("tcp://localhost:*") as link, actor(link.address.replace("127.0.0.1", "localhost")) as one:
+        assert one.start(PATIENCE)
+
+
+def test_every_option_is_set_before_bind_or_connect():
+    for kind in (zmq.ROUTER, zmq.DEALER):
+        with raw(kind, ANY if kind == zmq.ROUTER else "tcp://127.0.0.1:1") as socket:
+            pump.configure(socket, ANY)
+            for option, value in pump.OPTIONS.items():
+                assert socket.getsockopt(option) == value
+            if kind == zmq.DEALER:
+                assert socket.getsockopt(zmq.IMMEDIATE) == 1
+
+
+# --- malice and failure
+
+
+def test_malformed_input_is_counted_and_the_others_are_served_on():
+    rng, meta, other = random.Random(5), describe(), describe()
+    gap = wire.encode("GAP", stream_id=other.stream, first=1, last=9, reason="")
+    corpus = [hello(other), data(other, 1, payload(1)), gap]
+    with learner() as link, actor(link.address, meta) as one, raw(zmq.DEALER, link.address) as peer:
+        host, port = link.address.removeprefix("tcp://").split(":")
+        for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", rng.randbytes(5000), b"\xff" + b"\0" * 8 + b"\x7f"):
+            with sockets.create_connection((host, int(port))) as stray, suppress(OSError):
+                stray.sendall(garbage)
+        bad = 0
+        for _ in range(3000):
+            frames = [bytearray(frame) for frame in rng.choice(corpus)]
+            frames[0][rng.randrange(len(frames[0]))] ^= 1 << rng.randrange(8)
+            frames = rng.choice([frames, frames[:1], frames * 3, [b""], [rng.randbytes(50), b""]])
+            with suppress(zmq.Again):
+                peer.send_multipart([bytes(frame) for frame in frames])
+            try:
+                wire.decode([bytes(frame) for frame in frames], "actor")
+            except WireError:
+                bad += 1
+            while peer.poll(0):
+                peer.recv_multipart()
+        for i in range(1, 101):
+            one.send(i, payload(i))
+        mine = []
+        while len(mine) < 100:
+            came = link.poll(PATIENCE)
+            assert came
+            mine += seqs(came, meta.stream)
+        until(link, lambda: link.malformed >= bad)
+        assert mine[-1] == 100 and one.malformed == 0
+
+
+@pytest.mark.parametrize("kind", [OSError, RecordError])
+def test_an_error_of_the_learners_thread_comes_back_and_nothing_is_acknowledged(kind):
+    def journal(meta, first, payloads):
+        raise kind("no space left on the disk")
+
+    with learner(journal=journal) as link, actor(link.address, describe(), flush=0) as one:
+        one.send(1, payload(1))
+        with pytest.raises(WireError, match="no space left"):
+            link.poll(PATIENCE)
+        with pytest.raises(WireError, match="no space left"):
+            link.publish(1, PARAMS)
+        assert one.close(0) == 1
+
+
+def test_an_error_of_the_actors_thread_comes_back(monkeypatch):
+    def broken(self, message):
+        raise ZeroDivisionError("broken")
+
+    with learner() as link, actor(link.address, describe(), flush=0) as one:
+        monkeypatch.setattr(ActorLink, "_on_ack", broken)
+        one.send(1, payload(1))
+        with pytest.raises(WireError, match="broken"):
+            one.wait_run_until(1, PATIENCE)
+        send, report = (lambda: one.send(2, payload(2))), (lambda: one.report({}))
+        for call in (one.weights, send, report, lambda: one.run_until):
+            with pytest.raises(WireError, match="broken"):
+                call()
+
+
+def test_a_learner_that_lags_takes_no_more_and_goes_on_later(monkeypatch):
+    monkeypatch.setattr(transport, "MAX_QUEUED", 10)
+    monkeypatch.setattr(transport, "GO_BACK_S", 0.05)
+    with learner() as link, actor(link.address, describe()) as one:
+        for i in range(1, 41):
+            one.send(i, payload(i))
+        until(link, lambda: len(link._queue) == 10)
+        found = []
+        while len(found) < 40:
+            came = link.poll(PATIENCE)
+            assert 0 < len(came) <= 10
+            found += came
+        assert seqs(found) == list(range(1, 41))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["append", "ack", "batch"]), st.integers(0, 80)), max_size=60))
+def test_the_spool_equals_a_plain_list(operations):
+    spool, kept, acked = Spool(), [], 0
+    for what, number in operations:
+        if what == "append":
+            for _ in range(number % 40):
+                kept.append(bytes([len(kept) % 256]) * 9)
+                spool.append(len(kept), kept[-1])
+        elif what == "ack" and number <= len(kept):
+            acked = max(acked, number)
+            spool.ack(number)
+        elif what == "batch":
+            seq = spool.first + number % (len(spool) + 1)
+            assert spool.batch(seq) == kept[seq - 1 : seq - 1 + wire.MAX_BATCH]
+        assert (spool.first, spool.next_seq, len(spool)) == (acked + 1, len(kept) + 1, len(kept) - acked)
+
+
+def test_the_spool_refuses_what_it_cannot_keep(monkeypatch):
+    spool = Spool()
+    with pytest.raises(WireError, match="record 2 came where 1 was due"):
+        spool.append(2, b"")
+    with pytest.raises(WireError, match="more than"):
+        spool.append(1, bytes(MAX_PAYLOAD + 1))
+    monkeypatch.setattr("tether.launch.spool.MAX_SPOOL", 10)
+    spool.append(1, bytes(10))
+    with pytest.raises(WireError, match="tether learner"):
+        spool.append(2, b"x")
+    spool.ack(1)
+    spool.append(2, bytes(10))
+
+
+def test_a_batch_never_exceeds_a_message():
+    spool = Spool()
+    for seq in range(1, 41):
+        spool.append(seq, bytes(100_000))
+    batch = spool.batch(1)
+    assert len(batch) == 10 and len(wire.pack_records(batch)) <= wire.MAX_BODY
+    assert len(spool.batch(39)) == 2
