@@ -72,6 +72,8 @@ def frame(twin: Simulated, width: int = 320, height: int = 240, camera: str = "c
     if _canvas is None or _canvas.model is not model or _canvas.size != (width, height):
         _release()
         _canvas = _Canvas(model, width, height)
+        atexit.unregister(_release)
+        atexit.register(_release)  # last in, first out: before EGL itself is taken apart
     c = _canvas
     c.gl.make_current()
     c.view.type, c.view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, cameras.index(camera)
@@ -86,7 +88,6 @@ def frame(twin: Simulated, width: int = 320, height: int = 240, camera: str = "c
     return pixels[::-1].copy()
 
 
-@atexit.register  # before the interpreter takes EGL apart
 def _release() -> None:
     global _canvas
     if _canvas is not None:
