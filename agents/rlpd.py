@@ -84,6 +84,7 @@ class State(NamedTuple):
     key: jax.Array
 
 
+@partial(jax.jit, static_argnames=("cfg", "obs_size", "action_size"))
 def init(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> State:
     """A fresh agent for (obs_size,) observations and (action_size,) actions."""
     key, actor_key, critic_key = jax.random.split(key, 3)
@@ -215,8 +216,8 @@ def _subsets(cfg: Config, key: jax.Array, updates: int) -> jax.Array | None:
     """(updates, subset) members of each target's minimum; None when it is over all of them."""
     if cfg.subset == cfg.ensemble:
         return None
-    draw = partial(jax.random.choice, a=cfg.ensemble, shape=(cfg.subset,), replace=False)
-    return jax.vmap(draw)(jax.random.split(key, updates))
+    # the largest of random numbers: a draw without replacement
+    return lax.top_k(jax.random.uniform(key, (updates, cfg.ensemble)), cfg.subset)[1]
 
 
 def _target(

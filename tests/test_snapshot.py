@@ -1,0 +1,216 @@
+"""Snapshots survive crashes and damage, and a resumed training equals one that never stopped."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+
+from tether.agents import rlpd, snapshot  # noqa: E402
+from tether.agents.snapshot import SnapshotError  # noqa: E402
+
+CFG = rlpd.Config(ensemble=3, hidden=(8, 8), batch=4, utd=2)
+OBS, ACT = 3, 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Half the time of these tests would go into optimising nets that are too small to gain from it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def fresh(cfg=CFG, seed=0):
+    return rlpd.init(cfg, jax.random.key(seed), OBS, ACT)
+
+
+def batches(rng):
+    shape = (CFG.utd, CFG.batch)
+    draw = lambda *s: rng.uniform(-1, 1, (*shape, *s)).astype(np.float32)  # noqa: E731
+    return {
+        "obs": draw(OBS), "action": draw(ACT), "prev_action": draw(ACT), "reward": draw(),
+        "discount": draw(), "next_obs": draw(OBS), "next_prev_action": draw(ACT),
+    }  # fmt: skip
+
+
+def train(state, rng, n):
+    for _ in range(n):
+        state, _ = rlpd.update(CFG, state, batches(rng))
+    return state
+
+
+def numbers(state):
+    plain = state._replace(key=jax.random.key_data(state.key))
+    return [np.array(leaf) for leaf in jax.tree.leaves(plain)]
+
+
+def fill(folder, n):
+    """n snapshots whose counter says which they are."""
+    state, rng = fresh(), np.random.default_rng(0)
+    return [snapshot.save(folder, {"task": state}, {"steps": i}, {"replay": rng}) for i in range(1, n + 1)]
+
+
+def flip(path: Path, at: int = -1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def loaded(folder):
+    found = snapshot.load(folder, {"task": fresh()})
+    assert found is not None
+    return found
+
+
+def test_a_resumed_training_equals_one_that_never_stopped(tmp_path):
+    rng = np.random.default_rng(7)
+    state = train(fresh(), rng, 3)
+    counters = {"steps": 30, "cursor": {"ab": 12}, "updates": 6}
+    snapshot.save(tmp_path, {"task": state}, counters, {"replay": rng})
+    straight = train(state, rng, 3)
+
+    found = snapshot.load(tmp_path, {"task": fresh(seed=99)})
+    assert found.counters == counters and found.warning == ""
+    resumed = train(found.states["task"], found.generators["replay"], 3)
+    for a, b in zip(numbers(straight), numbers(resumed), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert rng.bit_generator.state == found.generators["replay"].bit_generator.state
+
+
+def test_several_policies_are_kept_by_name(tmp_path):
+    task, reset = fresh(seed=1), fresh(seed=2)
+    snapshot.save(tmp_path, {"task": task, "reset": reset}, {}, {})
+    found = snapshot.load(tmp_path, {"reset": fresh(), "task": fresh()})
+    for name, want in {"task": task, "reset": reset}.items():
+        for a, b in zip(numbers(found.states[name]), numbers(want), strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(SnapshotError, match=r"policies differ: this run lacks \['reset.safetensors'\]"):
+        snapshot.load(tmp_path, {"task": fresh()})
+
+
+def test_the_newest_three_stay_and_latest_names_the_newest(tmp_path):
+    fill(tmp_path, 5)
+    assert sorted(os.listdir(tmp_path)) == ["000003", "000004", "000005", "latest"]
+    assert (tmp_path / "latest").read_text() == "000005"
+    assert loaded(tmp_path).counters == {"steps": 5}
+
+
+def test_nothing_written_yet_is_no_error(tmp_path):
+    assert snapshot.load(tmp_path / "absent", {"task": fresh()}) is None
+    (tmp_path / ".writing-000001").mkdir()
+    assert snapshot.load(tmp_path, {"task": fresh()}) is None
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (lambda p: flip(p / "task.safetensors"), "task.safetensors has another checksum"),
+        (lambda p: (p / "task.safetensors").write_bytes(b""), "task.safetensors has another checksum"),
+        (lambda p: (p / "task.safetensors").unlink(), "task.safetensors is missing"),
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json is unreadable"),
+        (lambda p: os.truncate(p / "manifest.json", 100), "manifest.json is unreadable"),
+        (
+            lambda p: (p / "manifest.json").write_text(
+                (p / "manifest.json").read_text().replace('"steps": 3', '"steps": 9')
+            ),
+            "manifest.json has another checksum",
+        ),
+    ],
+)
+def test_a_damaged_snapshot_gives_way_to_the_one_before_and_says_so(tmp_path, damage, why):
+    *_, before, newest = fill(tmp_path, 3)
+    damage(newest)
+    found = loaded(tmp_path)
+    assert found.path == before and found.counters == {"steps": 2}
+    assert found.warning == f"damaged snapshots: 000003 ({why}); using 000002"
+    snapshot.save(tmp_path, {"task": fresh()}, {"steps": 4}, {})
+    assert loaded(tmp_path).counters == {"steps": 4}
+
+
+def test_every_single_bit_of_the_weights_counts(tmp_path):
+    (path,) = fill(tmp_path, 1)
+    size = (path / "task.safetensors").stat().st_size
+    for at in np.random.default_rng(0).integers(0, size, 20):
+        flip(path / "task.safetensors", at)
+        with pytest.raises(SnapshotError, match="every snapshot is damaged: 000001"):
+            loaded(tmp_path)
+        flip(path / "task.safetensors", at)
+    assert loaded(tmp_path).warning == ""
+
+
+@pytest.mark.parametrize("pointer", [None, b"", b"000009", b"\xff\xfe"])
+def test_a_lost_pointer_costs_nothing(tmp_path, pointer):
+    fill(tmp_path, 2)
+    (tmp_path / "latest").unlink()
+    if pointer is not None:
+        (tmp_path / "latest").write_bytes(pointer)
+    assert loaded(tmp_path).counters == {"steps": 2}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "rename", "rmtree"])
+def test_a_crash_while_saving_leaves_what_was_there(tmp_path, monkeypatch, call):
+    fill(tmp_path, 3)
+    with monkeypatch.context() as patch:
+
+        def crash(*_args, **_kwargs):
+            raise OSError(28, "No space left on device")
+
+        owner = {"fsync": os, "replace": os, "rename": Path, "rmtree": snapshot.shutil}[call]
+        patch.setattr(owner, call, crash)
+        with pytest.raises(SnapshotError, match="snapshot not written: .*No space left.* intact"):
+            snapshot.save(tmp_path, {"task": fresh()}, {"steps": 4}, {})
+    assert loaded(tmp_path).counters["steps"] in (3, 4)
+    assert loaded(tmp_path).warning == ""
+    snapshot.save(tmp_path, {"task": fresh()}, {"steps": 5}, {})
+    assert loaded(tmp_path).counters == {"steps": 5}
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_what_the_disk_holds_is_verified_before_it_counts(tmp_path, monkeypatch):
+    fill(tmp_path, 1)
+    honest = snapshot._write
+    lossy = lambda path, payload: honest(path, payload[:-1] if path.suffix == ".safetensors" else payload)  # noqa: E731
+    monkeypatch.setattr(snapshot, "_write", lossy)
+    with pytest.raises(SnapshotError, match="task.safetensors has another checksum"):
+        snapshot.save(tmp_path, {"task": fresh()}, {"steps": 2}, {})
+    assert loaded(tmp_path).counters == {"steps": 1}
+
+
+def test_another_format_version_is_refused_by_name(tmp_path):
+    (path,) = fill(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
+    with pytest.raises(SnapshotError, match="version 2; this tether reads 'tether-snapshot' version 1"):
+        loaded(tmp_path)
+
+
+def test_an_agent_of_other_settings_is_never_restored_in_part(tmp_path):
+    fill(tmp_path, 2)
+    state = fresh()
+    wider = state._replace(critic=state.critic | {"value_bias": jax.numpy.zeros((4, 1))})
+    with pytest.raises(SnapshotError, match=r"task/critic/value_bias is float32\[3, 1\], .* float32\[4, 1\]"):
+        snapshot.load(tmp_path, {"task": wider})
+    whole = state._replace(log_temperature=jax.numpy.zeros((), int))
+    with pytest.raises(SnapshotError, match="is float32.*needs int32.*resume with the settings"):
+        snapshot.load(tmp_path, {"task": whole})
+    fewer = state._replace(actor={k: v for k, v in state.actor.items() if k != "log_std"})
+    with pytest.raises(
+        SnapshotError, match=r"this run lacks \['actor/log_std/bias', 'actor/log_std/kernel'\]"
+    ):
+        snapshot.load(tmp_path, {"task": fewer})
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_changes(tmp_path):
+    fill(tmp_path, 1)
+    with pytest.raises(SnapshotError, match="not JSON serializable"):
+        snapshot.save(tmp_path, {"task": fresh()}, {"steps": np.zeros(2)}, {})
+    other = np.random.Generator(np.random.MT19937(0))
+    with pytest.raises(SnapshotError, match="generator 'replay' is not one of np.random.default_rng"):
+        snapshot.save(tmp_path, {"task": fresh()}, {}, {"replay": other})
+    assert loaded(tmp_path).counters == {"steps": 1}
