@@ -68,9 +68,9 @@ class Replay:
         self._action = np.zeros((capacity, action_size), np.float32)
         self._reward = np.zeros(capacity, np.float32)
         self._mask = np.zeros(capacity, np.float32)  # 0 at a true terminal
-        self._train = np.zeros(capacity, bool)  # has an action, and one to learn from
+        self._train = np.zeros(capacity, bool)  # to be learned from
         self._next = np.full(capacity, -1, np.int64)  # slot of the successor; -1 while there is none
-        self._skip = np.full(capacity, -1, np.int64)  # slot _STRIDE steps later in the segment
+        self._skip = np.zeros(capacity, np.int64)  # slot _STRIDE steps later, once the segment is that long
         self._position = np.zeros(capacity, np.int64)  # in its segment
         self._segment = np.zeros(capacity, np.int64)
         self._length = np.zeros(64, np.int64)  # steps of each segment; the only array that grows
@@ -101,8 +101,8 @@ class Replay:
         self._action[slot] = 0.0 if action is None else action
         self._reward[slot] = 0.0 if action is None else step.reward
         self._mask[slot] = not step.terminated
-        self._train[slot] = action is not None and step.train
-        self._next[slot] = self._skip[slot] = -1
+        self._train[slot] = step.train
+        self._next[slot] = -1
         tail = self._append(stream, slot, closes=action is None)
         tail.ended = step.terminated or step.truncated
         if action is None:

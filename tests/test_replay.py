@@ -26,7 +26,7 @@ def step(number, kind="go", train=True):
     """A step whose numbers all tell which one it is. kind: go, terminated, truncated or close."""
     action = None if kind == "close" else np.float32([number / 2000, -number / 2000])
     return Step(
-        np.float32([number, -number, 1]), np.float32([number / 1000, -number / 1000]), action, number + 0.5,
+        np.float32([number, -number, 1]), np.float32([number / 10, -number / 10]), action, number + 0.5,
         kind == "terminated", kind == "truncated", train,
     )  # fmt: skip
 
@@ -125,6 +125,18 @@ def test_a_long_segment_among_others_is_walked_exactly_and_uniformly():
         assert (distance >= 1).all() and (distance <= left).all() and distance.max() > 300
         far = left > 20
         assert abs((distance[far] / left[far]).mean() - 0.5) < 0.02
+
+
+def test_a_slow_stream_leaves_the_links_of_the_others_alone():
+    replay, fast = Replay(62, 3, 2), []
+    for number in range(700):
+        stream = "slow" if number % 9 == 0 else "fast"
+        fast += [number] * (stream == "fast")
+        replay.add(stream, step(number))
+        if number > 64:
+            batch = replay.sample_future(np.random.default_rng(number), 100)
+            now, future = batch["obs"][:, 0].astype(int), batch["future_obs"][:, 0].astype(int)
+            assert (future > now).all() and (np.isin(now, fast) == np.isin(future, fast)).all()
 
 
 def test_every_step_is_drawn_as_often_as_any_other():
