@@ -61,6 +61,8 @@ class Fake:
         return Reading({k: np.array(v, np.float32) for k, v in values.items()}, dict.fromkeys(values, self._time))
 
     def write(self, command: np.ndarray) -> None:
+        if not self._open:
+            raise DriverError("fake: write before open; call open() first")
         if self.fail_after is not None and len(self.written) >= self.fail_after:
             raise DriverError(f"fake: failed as scheduled after {self.fail_after} writes")
         self._command = np.array(command, np.float64)

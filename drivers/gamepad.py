@@ -12,7 +12,7 @@ BUTTON, AXIS, INIT = 1, 2, 0x80
 
 
 class Gamepad:
-    """Left stick steers, right trigger or right stick forward drives, button 0 stops."""
+    """Left stick steers, right stick forward and back drives, button 0 stops."""
 
     STEER_AXIS, SPEED_AXIS, STOP_BUTTON = 0, 4, 0
 

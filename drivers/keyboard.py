@@ -43,8 +43,9 @@ class Keyboard:
                 break
             text += read.decode(errors="ignore")
         now = time.monotonic()
-        for key, (axis, value) in KEYS.items():
+        for key in sorted(KEYS, key=text.rfind):  # of two opposite keys the later one counts
             if key in text:
+                axis, value = KEYS[key]
                 self._held[axis] = (value, now + HOLD_S)
         axes = {axis: value for axis, (value, until) in self._held.items() if now < until}
         return axes.get("steer", 0.0), axes.get("speed", 0.0), "q" in text

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,20 +31,31 @@ STATUS_EVERY_S = 0.5
 
 @dataclass
 class Stop:
-    """Set by SIGINT, SIGTERM or the learner; looked at between steps."""
+    """Set by SIGINT, SIGTERM, the learner or the end of `parent`; looked at between steps."""
 
     reason: str = ""
+    parent: int | None = None  # process id of the `tether run` that this actor must not outlive
 
-    def install(self) -> None:
-        """Take over SIGINT and SIGTERM: the first asks for a clean end, a second one ends at once."""
+    def install(self) -> Callable[[], None]:
+        """Take over SIGINT and SIGTERM: the first asks for a clean end, a second one ends at once.
+
+        Returns what gives them back. Does nothing outside the main thread.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
 
         def ask(number: int, frame: Any) -> None:
             if self.reason:
                 raise KeyboardInterrupt
             self.reason = signal.Signals(number).name
 
-        signal.signal(signal.SIGINT, ask)
-        signal.signal(signal.SIGTERM, ask)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def give_back() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        return give_back
 
 
 class Stopped(Exception):
@@ -121,18 +134,18 @@ def act(
 
 def serve(
     address: str, task: str | None = None, real: bool = False, seed: int | None = None,
-    realtime: bool = False, view: bool = False, say: Callable[[str], None] = print,
+    realtime: bool = False, view: bool = False, say: Callable[[str], None] = print, parent: int | None = None,
 ) -> int:
     """One actor: ask the learner what there is to do, drive until told to stop. Returns steps driven.
 
     Raises WireError, DriverError or TaskError with one line when it cannot begin.
     """
-    stop = Stop()
+    stop = Stop(parent=parent)
     stop.install()
     link = ActorLink(address)
     left = 0
     try:
-        orders = link.start(on_wait=lambda waited: _give_up(stop))
+        orders = link.start(on_wait=lambda waited: _give_up(stop, link))
         spec = _spec(orders)
         if task is not None and catalog.load_spec(task).text != spec.text:
             raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
@@ -177,7 +190,7 @@ class Status:
         stats = {"rate/hz": self._steps / max(now - self._since, 1e-6)}
         if isinstance(self._env, RobotEnv):
             late = self._env.rate.lateness_ms()
-            stats |= {"rate/late": self._env.rate.late, "rate/late_p99_ms": late["p99"]}
+            stats |= {"rate/late": self._env.rate.late} | {f"rate/late_{k}_ms": v for k, v in late.items()}
             for fault, count in self._env.gate.counts.items():
                 clamp = fault in ("limit", "rate")
                 key = "gate/clamped" if clamp else f"gate/veto_{fault}"
@@ -191,12 +204,14 @@ def _spec(orders: dict[str, Any]) -> TaskSpec:
     return catalog.load_spec(text) if text.startswith("gym:") else parse(text, name, f"the learner's task {name}")
 
 
-def _give_up(stop: Stop) -> None:
-    if stop.reason:
+def _give_up(stop: Stop, link: ActorLink) -> None:
+    if _asked(stop, link):
         raise WireError("stopped before a learner answered")
 
 
 def _asked(stop: Stop, link: ActorLink) -> bool:
     if link.stopped.is_set() and not stop.reason:
         stop.reason = "the learner said stop"
+    if stop.parent is not None and os.getppid() != stop.parent and not stop.reason:
+        stop.reason = "the run it belongs to is gone"
     return bool(stop.reason)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 TASK_HELP = "a shipped task (see `tether list`), the path of a .toml file, or gym:<id>"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Expected errors print one line and give 2."""
-    parser = build()
-    options = parser.parse_args(arguments)
+    options = build().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         return int(options.command(options) or 0)
     except KeyboardInterrupt:
@@ -26,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _terminated(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)  # so that robots are stopped and files closed on the way out
+
+
 def expected() -> tuple[type[Exception], ...]:
     """Errors whose message is all a person needs. Anything else is a defect and keeps its traceback."""
     from ..drivers.base import DriverError
@@ -36,6 +42,7 @@ def expected() -> tuple[type[Exception], ...]:
     from .catalog import CatalogError
     from .config import ConfigError
     from .folder import RunError
+    from .log import LogError
     from .onboard import BundleError
     from .wire import WireError
 
@@ -43,14 +50,20 @@ def expected() -> tuple[type[Exception], ...]:
     if "tether.agents.snapshot" in sys.modules:  # JAX is not imported for an error's name
         learning = (sys.modules["tether.agents.snapshot"].SnapshotError,)
     return (
-        BundleError, CatalogError, ConfigError, DriverError, RecordError, RunError, SafetyError, TaskError,
-        TrackError, WireError, OSError, *learning,
+        BundleError, CatalogError, ConfigError, DriverError, LogError, RecordError, RunError, SafetyError,
+        TaskError, TrackError, WireError, OSError, *learning,
     )  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other error; `--help` has the usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def build() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tether", description="Train a robot on a tether to a workstation; cut it, and it runs on its own."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -62,7 +75,7 @@ def build() -> argparse.ArgumentParser:
 
     demo = command("demo", "demo", "no hardware, no arguments: record, course, train in the twin, freeze, drive")
     demo.add_argument("robot", nargs="?", default="car", choices=["car"], help="which robot (default: car)")
-    demo.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    demo.add_argument("--seed", type=_seed, default=0, help="(default: 0)")
     demo.add_argument("--out", help="folder for the run and the bundle (default: runs/demo-N)")
     _json(demo)
 
@@ -79,17 +92,18 @@ def build() -> argparse.ArgumentParser:
     actor.add_argument("task", nargs="?", help="refuse a learner of another task (default: the learner says)")
     actor.add_argument("--learner", default="tcp://127.0.0.1:5555", help="the learner's address (default: %(default)s)")
     actor.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
-    actor.add_argument("--seed", type=int, help="of exploration and the twin (default: the learner's)")
+    actor.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end with this process
+    actor.add_argument("--seed", type=_seed, help="of exploration and the twin (default: the learner's)")
     _driving(actor)
 
     record = command("record", "record", "drive, and keep what was driven")
     record.add_argument("task", help=TASK_HELP)
     record.add_argument("--teleop", default="script", choices=["script", "keyboard", "gamepad"], help="who drives")
     record.add_argument("--speed", type=float, default=1.0, help="of the scripted driver, m/s (default: 1.0)")
-    record.add_argument("--laps", type=int, default=1, help="stop after this many (default: 1)")
+    record.add_argument("--laps", type=_count, default=1, help="stop after this many (default: 1)")
     record.add_argument("--quality", type=float, default=1.0, help="0 (wandering) to 1 (clean) of the script")
     record.add_argument("--out", help="the recording's folder (default: recordings/TASK-N)")
-    record.add_argument("--seed", type=int, default=0, help="of the twin's noise (default: 0)")
+    record.add_argument("--seed", type=_seed, default=0, help="of the twin's noise (default: 0)")
     record.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
     record.add_argument("--realtime", action="store_true", help="the twin keeps real time (always with a person)")
     record.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
@@ -99,7 +113,7 @@ def build() -> argparse.ArgumentParser:
     course.add_argument("file", help="a .csv (x_m, y_m, w_tr_right_m, w_tr_left_m) or a recording")
     course.add_argument("--length", type=float, help="scale the closed line to this length, m (CSV)")
     course.add_argument("--width", type=float, help="free width, m (default: the CSV's, or the recording's task)")
-    course.add_argument("--checkpoints", type=int, help="how many (default: as many of 4 to 8 as say something)")
+    course.add_argument("--checkpoints", type=_count, help="how many (default: as many of 4 to 8 as say something)")
     course.add_argument("--out", help="the task file (default: FILE's name with .toml)")
     _json(course)
 
@@ -129,8 +143,8 @@ def build() -> argparse.ArgumentParser:
 
 def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("task", help=TASK_HELP)
-    sub.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    sub.add_argument("--steps", type=int, help="stop after this many (default: the preset's)")
+    sub.add_argument("--seed", type=_seed, default=0, help="(default: 0)")
+    sub.add_argument("--steps", type=_count, help="stop after this many (default: the preset's)")
     sub.add_argument("--out", help="the run folder (default: runs/TASK-N)")
     sub.add_argument("--preset", default="cpu", help="name or .toml path, several with commas (default: cpu)")
     sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
@@ -147,13 +161,25 @@ def _driving(sub: argparse.ArgumentParser) -> None:
 
 def _counting(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--task", help="drive this task instead of the one it was trained on")
-    sub.add_argument("--episodes", type=int, help="stop after this many")
-    sub.add_argument("--laps", type=int, help="stop after this many (default on a course: 5)")
-    sub.add_argument("--steps", type=int, help="stop after this many")
-    sub.add_argument("--seed", type=int, default=0, help="of the twin's noise (default: 0)")
+    sub.add_argument("--episodes", type=_count, help="stop after this many")
+    sub.add_argument("--laps", type=_count, help="stop after this many (default on a course: 5)")
+    sub.add_argument("--steps", type=_count, help="stop after this many")
+    sub.add_argument("--seed", type=_seed, default=0, help="of the twin's noise (default: 0)")
     sub.add_argument("--realtime", action="store_true", help="the twin keeps real time")
     sub.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
     _json(sub)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 to {(1 << 31) - 1}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1")
+    return int(text)
 
 
 def _json(sub: argparse.ArgumentParser) -> None:

@@ -42,7 +42,10 @@ def actor(options: Namespace) -> int:
     """An actor that drives until its learner says stop."""
     from .actor import serve
 
-    serve(options.learner, options.task, options.real, options.seed, options.realtime, options.view)
+    serve(
+        options.learner, options.task, options.real, options.seed, options.realtime, options.view,
+        parent=options.parent,
+    )  # fmt: skip
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..robot_env.env import RobotEnv
 from . import catalog, config, evaluate, onboard, teach
-from .folder import point_latest
+from .folder import RunError, point_latest
 from .freeze import freeze
 from .learner import Job
 from .run import save_config, train
@@ -38,6 +38,8 @@ def car(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     save_config(job)
     point_latest(run)
     trained = train(job, [])
+    if trained["steps"] < STEPS:
+        raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {course} --resume --out {run}`")
 
     say("4/5 freezing the policy")
     freeze(run, frozen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ def load_policy(run: Path) -> bundle.Trained:
     settings, facts = config.read(run.resolve())
     task = catalog.make_task(spec_of(facts))
     trainer = Trainer(task, settings, int(facts["seed"]))
-    trainer.load(run / "snapshots")
+    cursor, warning = trainer.load(run / "snapshots")
+    if not cursor:
+        raise RunError(f"{run}: no snapshot to take a policy from; train first, or go on with --resume")
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     samples = []
     for _, records in read_streams(run / "steps"):
         fold = Fold(task)

@@ -65,15 +65,12 @@ def _resumed(options: Any, folder: Path) -> Any:
 
 def train(job: Any, actor: list[str] | None, quiet: bool = False) -> dict[str, Any]:
     """Run a learner here and, with `actor` (its arguments), an actor beside it until the steps are done."""
-    from .learner import Learner
-
     stop = Stop()
-    if threading.current_thread() is threading.main_thread():
-        stop.install()
+    give_back = stop.install()
     child: subprocess.Popen[bytes] | None = None
     with Log(job.folder, job.config.learner.steps, tensorboard=job.tensorboard) as log:
         try:
-            learner = Learner(job, log)
+            learner = _learner(job, log)
             log.note(f"run {job.folder}, learner at {learner.link.address}")
             if actor is not None:
                 child = _spawn_actor(learner.link.address, actor)
@@ -89,15 +86,28 @@ def train(job: Any, actor: list[str] | None, quiet: bool = False) -> dict[str, A
             if child is not None and child.poll() is None:
                 child.terminate()
                 child.wait()
+            give_back()
     if stop.reason.startswith("the actor"):
         raise RunError(f"{stop.reason}; what it had sent is kept in {job.folder}, go on with --resume")
     return result
 
 
+def _learner(job: Any, log: Log) -> Any:
+    from .learner import Learner
+
+    try:
+        return Learner(job, log)
+    except BaseException:
+        if not job.resume:  # nothing was begun: the folder's name stays free
+            (job.folder / "config.toml").unlink(missing_ok=True)
+        raise
+
+
 def _spawn_actor(address: str, arguments: list[str]) -> subprocess.Popen[bytes]:
     # one BLAS thread: a second one would wake on the learner's core for every action
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tether.launch.cli", "actor", "--learner", address, *arguments]
+    command = [sys.executable, "-m", "tether.launch.cli", "actor", "--learner", address]
+    command += ["--parent", str(os.getpid()), *arguments]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 

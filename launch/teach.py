@@ -90,20 +90,22 @@ def record_laps(
 
         env.on_record.append(keep)
         env.source = "teacher"
-        obs, _ = env.reset(seed=seed)
-        while True:
-            if len(times) >= laps:
-                overlap = overlap or travelled + OVERLAP_M
-                if travelled >= overlap:
+        try:
+            obs, _ = env.reset(seed=seed)
+            while True:
+                if len(times) >= laps:
+                    overlap = overlap or travelled + OVERLAP_M
+                    if travelled >= overlap:
+                        break
+                wish = teacher(obs, env.action)
+                if wish is None:
                     break
-            wish = teacher(obs, env.action)
-            if wish is None:
-                break
-            obs, _, terminated, truncated, _ = env.step(wish)
-            if terminated or truncated:
-                obs, _ = env.reset()
-        contacts = int(env.robot.truth()["contacts"]) if isinstance(env.robot, Twin) else None
-        env.close()
+                obs, _, terminated, truncated, _ = env.step(wish)
+                if terminated or truncated:
+                    obs, _ = env.reset()
+            contacts = int(env.robot.truth()["contacts"]) if isinstance(env.robot, Twin) else None
+        finally:
+            env.close()  # while the writer takes the last reading
     return {
         "file": str(out), "steps": steps, "laps": len(times), "contacts": contacts,
         "lap_time_s": round(float(np.median(times)), 3) if times else None,

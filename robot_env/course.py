@@ -138,7 +138,8 @@ class Course:
         chosen = rng.random(n) < self.spec.hindsight
         out = {name: values.copy() for name, values in batch.items()}
         at = slice(self._observer.size, self._observer.size + 3)
-        old = batch["next_obs"][:, at][:, :2]
+        # not the goal of next_obs: where a checkpoint was reached, that is already the one after it
+        old = _relative(there[0], _goals(here[0], batch["obs"][:, at]))[:, :2]
         for name, (pose, _) in (("obs", here), ("next_obs", there)):
             out[name][chosen, at] = _relative(pose, drawn)[chosen]
         new = _relative(there[0], drawn)[:, :2]
@@ -182,6 +183,13 @@ class Course:
             if np.linalg.norm(np.asarray(trail) - trail[-1], axis=1).max() < STUCK_M:
                 return "stuck"
         return ""
+
+
+def _goals(pose: np.ndarray, relative: np.ndarray) -> np.ndarray:
+    """(n, 2) goals of (n, 4) poses and what `_relative` gave for them."""
+    c, s = (pose[:, 2:] / np.maximum(np.hypot(pose[:, 2], pose[:, 3]), 1e-6)[:, None]).T
+    ahead, left = (relative[:, :2] * relative[:, 2:] * GOAL_SCALE_M).T
+    return pose[:, :2] + np.stack([c * ahead - s * left, s * ahead + c * left], axis=1)
 
 
 def _relative(pose: np.ndarray, goals: np.ndarray) -> np.ndarray:

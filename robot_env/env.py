@@ -66,7 +66,7 @@ class RobotEnv(gymnasium.Env):
         self._refuse_when_latched()
         try:
             self._start(seed)
-            if self._outcome.terminated or self._outcome.truncated:
+            if self._segment:
                 self._end_segment()
                 if self._outcome.reset and self.auto_reset:
                     self._recover()
@@ -87,12 +87,15 @@ class RobotEnv(gymnasium.Env):
 
     def close(self) -> None:
         """End the open segment and let go of the robot."""
-        if self._open:
-            self.robot.stop()
+        if not self._open:
+            return
+        self._open = False
+        self.robot.stop()
+        try:
             if self._segment:
                 self._end_segment()
+        finally:  # an observer may fail, too
             self.robot.close()
-            self._open = False
 
     def _start(self, seed: int | None) -> None:
         if not self._open:
