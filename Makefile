@@ -20,7 +20,7 @@ bench: $(VENV)/bench
 	$(BIN)/python tests/bench/run.py
 
 accept: $(VENV)/demo
-	$(BIN)/python tests/accept.py --task $(TASK) --seeds $(SEEDS)
+	$(BIN)/python tests/accept.py --task $(TASK) --seeds $(SEEDS) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH))
 
 # The type checker cannot see through the installed mapping of folders; a tree of links can.
 lint: $(VENV)/dev

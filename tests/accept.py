@@ -1,0 +1,234 @@
+"""The acceptance bars, one seed after the other, resumable: a seed whose JSON is there is not run again.
+
+    make accept TASK=demo SEEDS="0 1 2 3 4"          from nothing to a frozen policy (`tether demo`)
+    make accept TASK=car-loop SEEDS="0 1 2 3 4"      FastRLAP's bar, and one seed without auto-reset
+    make accept TASK=track.csv LENGTH=80 WIDTH=1.4 SEEDS="0 1"     a real track through the whole chain
+    make accept TASK=realtime SEEDS=0                the loop's lateness beside a training learner
+
+Everything goes through the command line, as a user would. Prints a table; the last line is the JSON's path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TETHER = [sys.executable, "-m", "tether.launch.cli"]
+STEPS = 12_000  # 20 minutes of driving at 10 Hz
+LAPS = 10
+
+
+def tether(*arguments: Any, check: bool = True) -> dict[str, Any]:
+    """One command; the JSON object of its last line where it prints one."""
+    command = [*TETHER, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if check and done.returncode:
+        raise SystemExit(f"failed ({done.returncode}): {' '.join(command)}")
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    return json.loads(last) if last.startswith("{") else {}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def first_clean(run: Path) -> int | None:
+    """Step of the first clean lap in training."""
+    return next((row["step"] for row in metrics(run) if row.get("env/lap_clean")), None)
+
+
+def last(run: Path, key: str) -> float:
+    return next((row[key] for row in reversed(metrics(run)) if key in row), 0.0)
+
+
+def stuck_report(run: Path) -> dict[str, Any]:
+    """From the run's own records: how long each reset took, and the share of steps spent standing still."""
+    import numpy as np
+
+    from tether.robot_env.record import read_streams
+
+    resets, ticks, still, total, spots = [], 0, 0, 0, []
+    for meta, records in read_streams(run / "steps"):
+        for record in records:
+            if record.action is None:
+                if ticks:
+                    resets.append(ticks / meta.hz)
+                ticks = 0
+                continue
+            ticks += record.source == "reset"
+            total += 1
+            spots.append(record.reading.values["pose"][:2])
+            window = np.asarray(spots[-30:])  # 3 s at 10 Hz, as FastRLAP
+            still += len(window) == 30 and bool(np.linalg.norm(window - window[-1], axis=1).max() < 0.3)
+    slow = [t for t in resets if t > 5.0]
+    return {"resets": len(resets), "reset_s_max": max(resets, default=0.0), "resets_over_5_s": len(slow),
+            "stuck_share": still / max(total, 1)}  # fmt: skip
+
+
+def demo(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Bar 1."""
+    shutil.rmtree(folder, ignore_errors=True)
+    start = time.monotonic()
+    result = tether("demo", "car", "--seed", seed, "--out", folder, "--json")
+    result["wall_s"] = round(time.monotonic() - start, 1)
+    ratio = (result["lap_time_s"] or 1e9) / result["demo_lap_s"]
+    result |= {"ratio": ratio, "passed": result["train_s"] <= 300 and result["clean_laps"] >= 5 and ratio <= 0.6}
+    return result
+
+
+def chain(folder: Path, seed: int, source: str, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """CSV or task -> demonstration -> course -> training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    track: Any = source
+    if source.endswith(".csv"):
+        track = folder / "track.toml"
+        size = [x for k in ("length", "width") if getattr(options, k) for x in (f"--{k}", getattr(options, k))]
+        tether("course", source, *size, "--out", track)
+    lap, course, run = folder / "lap", folder / "course.toml", folder / "run"
+    if not (run / "config.toml").exists():
+        for stale in (lap, run):
+            shutil.rmtree(stale, ignore_errors=True)
+        lap.unlink(missing_ok=True)
+        driven = tether("record", track, "--speed", 1.0, "--laps", 1, "--seed", seed, "--out", lap, "--json")
+        (folder / "lap.json").write_text(json.dumps(driven))
+        tether("course", lap, "--checkpoints", options.checkpoints, "--out", course)
+        tether("run", course, "--prior", lap, "--seed", seed, "--steps", options.steps, "--out", run)
+    else:
+        tether("run", course, "--resume", "--out", run, "--steps", options.steps)
+    return run, json.loads((folder / "lap.json").read_text())
+
+
+def course(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Bars 2 and 3: train, then drive without exploration."""
+    run, driven = chain(folder, seed, options.task, options)
+    result = tether("eval", run, "--laps", LAPS, "--seed", 1000 + seed, "--json")
+    five = tether("eval", run, "--laps", 5, "--seed", 2000 + seed, "--json")
+    median = result["lap_time_s"]["median"]
+    return {
+        "first_clean_lap_step": first_clean(run), "steps": last(run, "link/steps_received"),
+        "train_s": metrics(run)[-1]["time_s"], "demo_lap_s": driven["lap_time_s"],
+        "median_lap_s": median, "laps": result["laps"], "clean_laps": result["clean_laps"],
+        "contacts": result["contacts"], "clean_of_5": five["clean_laps"], "contacts_of_5": five["contacts"],
+        "ratio_demo": median / driven["lap_time_s"] if median else None,
+        "interventions": last(run, "env/interventions"), "lap_time_s": result["lap_time_s"],
+        "env_success_last": last(run, "env/success"), **stuck_report(run),
+    }  # fmt: skip
+
+
+def judge_loop(result: dict[str, Any], pursuit_s: float) -> dict[str, Any]:
+    """Bar 2's figures for one seed."""
+    median = result["median_lap_s"]
+    passed = (
+        (result["first_clean_lap_step"] or 1e9) <= 3000 and median is not None and median <= 1.1 * pursuit_s
+        and result["contacts"] <= LAPS / 5 and result["resets_over_5_s"] == 0
+    )  # fmt: skip
+    return {"pursuit_lap_s": pursuit_s, "ratio_pursuit": median / pursuit_s if median else None, "passed": passed}
+
+
+def judge_track(result: dict[str, Any]) -> dict[str, Any]:
+    """Bar 3's figures for one seed."""
+    ratio = result["ratio_demo"]
+    return {"passed": ratio is not None and ratio <= 0.6 and result["clean_of_5"] >= 3}
+
+
+def pursuit(folder: Path, task: str) -> float:
+    """The best pure-pursuit lap on the grid."""
+    file = folder / "pursuit.json"
+    if not file.exists():
+        file.write_text(json.dumps(tether("eval", task, "--policy", "pursuit", "--tune", "--json")))
+    return float(json.loads(file.read_text())["best"]["lap_time_s"])
+
+
+def realtime(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Bar 6: lateness at 10 and 50 Hz with the learner training, and with the learner stopped for 10 s."""
+    out: dict[str, Any] = {}
+    source = Path(__file__).parent.parent / "robot_env" / "tasks" / "car-loop.toml"
+    for hz in (10, 50):
+        for stopped in (False, True):
+            task, run = folder / f"loop-{hz}.toml", folder / f"run-{hz}-{'stopped' if stopped else 'control'}"
+            folder.mkdir(parents=True, exist_ok=True)
+            task.write_text(source.read_text().replace("hz = 10", f"hz = {hz}"))
+            shutil.rmtree(run, ignore_errors=True)
+            steps = 60 * hz
+            command = [*TETHER, "run", str(task), "--realtime", "--steps", str(steps), "--out", str(run)]
+            process = subprocess.Popen([*command, "--set", "learner.start_steps=50", "--set", "learner.log_every=10"])
+            if stopped:
+                wait_for_steps(run, steps // 3, process)
+                os.kill(process.pid, signal.SIGSTOP)  # the learner; the actor is its child
+                time.sleep(10)
+                os.kill(process.pid, signal.SIGCONT)
+            process.wait()
+            rows = [r for r in metrics(run) if "rate/late" in r]
+            keys = ("rate/late", "rate/late_p50_ms", "rate/late_p99_ms", "rate/late_max_ms")
+            out[f"{hz} Hz, {'learner stopped 10 s' if stopped else 'control'}"] = {k: rows[-1].get(k) for k in keys}
+    return out | {"passed": None}
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        if (run / "metrics.jsonl").exists() and any(r["step"] >= steps for r in metrics(run)):
+            return
+        time.sleep(0.2)
+
+
+def ablation(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One seed without auto-reset, for comparison."""
+    file = folder / "no-reset.json"
+    if not file.exists():
+        where = folder / "no-reset"
+        chain_options = argparse.Namespace(**vars(options))
+        driven, lap, run = where / "course.toml", where / "lap", where / "run"
+        shutil.rmtree(where, ignore_errors=True)
+        where.mkdir(parents=True)
+        tether("record", options.task, "--out", lap)
+        tether("course", lap, "--checkpoints", chain_options.checkpoints, "--out", driven)
+        tether("run", driven, "--prior", lap, "--steps", options.steps, "--out", run, "--set", "actor.auto_reset=false")
+        file.write_text(json.dumps(stuck_report(run)))
+    return json.loads(file.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="car-loop")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--length", type=float)
+    parser.add_argument("--width", type=float)
+    parser.add_argument("--checkpoints", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", default="runs/accept")
+    options = parser.parse_args()
+    folder = Path(options.out) / Path(options.task).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = {"demo": demo, "realtime": realtime}.get(options.task, course)
+    results: dict[str, Any] = {}
+    for seed in options.seeds:
+        file = folder / f"seed-{seed}.json"
+        if not file.exists():
+            result = bar(folder / f"seed-{seed}", seed, options)
+            if bar is course and options.task.endswith(".csv"):
+                result |= judge_track(result)
+            elif bar is course:
+                result |= judge_loop(result, pursuit(folder, options.task))
+            file.write_text(json.dumps(result, indent=1))
+        results[str(seed)] = json.loads(file.read_text())
+        print(f"seed {seed}: {json.dumps({k: v for k, v in results[str(seed)].items() if k != 'lap_time_s'})}")
+    summary: dict[str, Any] = {"task": options.task, "machine": platform.processor(), "seeds": results}
+    summary["passed"] = f"{sum(bool(r['passed']) for r in results.values())} of {len(results)}"
+    if bar is course and not options.task.endswith(".csv"):
+        summary["without_auto_reset"] = ablation(folder, options)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(f"passed: {summary['passed']}")
+    print(folder / "summary.json")
+
+
+if __name__ == "__main__":
+    main()
