@@ -1,0 +1,296 @@
+"""The report: what it says of a run, from files alone, and that it survives any state a run can be in."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tether.drivers.base import Reading
+from tether.launch import cli, config, report
+from tether.launch.folder import RunError
+from tether.robot_env.record import Meta, Record, SegmentWriter
+
+HZ = 10.0
+LAP = 80  # frames of one round
+TASK = """
+[task]
+robot = "car"
+kind = "course"
+hz = 10
+episode_s = 60
+
+[course]
+width_m = 1.5
+centerline = [[6, 0], [4.24, 4.24], [0, 6], [-4.24, 4.24], [-6, 0], [-4.24, -4.24], [0, -6], [4.24, -4.24]]
+
+[[checkpoint]]
+at = [6, 0]
+
+[[checkpoint]]
+at = [-6, 0]
+radius_m = 0.7
+"""
+
+
+def make_run(folder: Path, task: str = TASK, name: str = "ring", steps: int = 400, **facts: Any) -> Path:
+    """A run folder without anything driven yet."""
+    folder.mkdir(parents=True)
+    kind = "gym" if task.startswith("gym:") else "course"
+    settings = config.with_steps(config.load("cpu", kind), steps)
+    known = {"task": task, "name": name, "seed": 3, "prior": [], "from": ""} | facts
+    (folder / "config.toml").write_text(config.dump(settings, **known))
+    return folder
+
+
+def record(seq: int, act: bool = True, events: dict[str, float] | None = None, **changes: Any) -> Record:
+    """A car that goes round a circle of 6 m, LAP frames a round."""
+    angle = math.tau * (seq - 1) / LAP
+    pose = [6 * math.cos(angle), 6 * math.sin(angle), -math.sin(angle), math.cos(angle)]
+    values = {"pose": np.array(pose, np.float32), "velocity": np.array([3.0, 4.0], np.float32)}
+    fields: dict[str, Any] = {
+        "seq": seq, "time": seq / HZ, "reading": Reading(values, dict.fromkeys(values, seq / HZ)),
+        "action": np.zeros(2, np.float32) if act else None, "reward": 1.0, "terminated": False,
+        "truncated": False, "source": "policy", "version": seq, "events": events or {},
+    }  # fmt: skip
+    return Record(**(fields | changes))
+
+
+def write_stream(
+    folder: Path, records: list[Record], stream: str = "0123456789abcdef", created: str = "1"
+) -> None:
+    channels = (("pose", 4, "m", 50.0), ("velocity", 2, "m/s", 50.0))
+    meta = Meta(stream, "car", TASK, HZ, channels, (("speed", 0.5, 4.5), ("steering", -0.4, 0.4)), created)
+    writer = SegmentWriter(folder, meta)
+    for one in records:
+        writer.append(one)
+    writer.close()
+
+
+def driven(laps: int = 3) -> list[Record]:
+    """`laps` rounds: the first with a collision and a reset in it, the others clean; lap k takes 8 - k s."""
+    out = [record(i) for i in range(1, laps * LAP + 10)]
+    for k in range(laps + 1):
+        events = {"lap_started": 1.0}
+        if k:
+            events |= {"lap_time_s": 8.0 - k, "lap_clean": float(k > 1)}
+        out[k * LAP] = record(k * LAP + 1, events=events)
+    out[39] = record(40, events={"collision": 1.0}, terminated=True)
+    out[40] = record(41, act=False)
+    for i in range(41, 50):
+        out[i] = record(i + 1, source="reset", reward=-100.0)
+    out[50] = record(51, act=False, events={"reset": 1.0, "intervention": 1.0})
+    return out
+
+
+def write_metrics(run: Path, rows: list[dict[str, Any]], tail: str = "") -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+
+
+def page_data(page: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
+    assert found
+    return json.loads(found[1])
+
+
+def column(frames: dict[str, Any], name: str, kind: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(frames[name]), kind)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = make_run(tmp_path / "runs" / "a")
+    write_stream(folder / "steps" / "0123456789abcdef", driven())
+    rows = [{"step": 100 * i, "time_s": 10.0 * i, "learn/updates": 400 * i, "learn/critic_loss": 1 / i,
+             "link/weights_version": 100 * i} for i in range(1, 4)]  # fmt: skip
+    rows.append({"step": 78, "time_s": 8.0, "env/lap_time_s": 7.0, "env/lap_clean": 0.0})
+    write_metrics(folder, rows)
+    return folder
+
+
+def test_the_page_holds_what_was_driven(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    lines = report.write_report(run, out)
+    data = page_data(out)
+    assert [lap[:3] for lap in data["laps"]] == [[78, 7.0, False], [159, 6.0, True], [239, 5.0, True]]
+    x, y = data["marks"][0][1:3]
+    assert data["marks"][0][0] == 40 and data["marks"][0][3:] == ["collision", True]
+    assert math.hypot(x, y) == pytest.approx(6.0, abs=1e-3)
+    clips = {name: (a, b) for name, a, b in data["clips"]}
+    assert list(clips) == ["First minute", "First lap", "Best lap", "Last reset", "Last minute"]
+    frames = data["frames"]
+    places = np.stack([frames["x0"] + column(frames, "x", "<u2") * frames["scale"],
+                       frames["y0"] + column(frames, "y", "<u2") * frames["scale"]], 1)  # fmt: skip
+    for begin, end in (clips["Best lap"], clips["First lap"]):  # a lap begins and ends where it should
+        assert places[begin] == pytest.approx(places[end], abs=0.001)
+    assert clips["Best lap"][1] - clips["Best lap"][0] == LAP
+    assert np.linalg.norm(places, axis=1) == pytest.approx(6.0, abs=0.001)
+    assert column(frames, "speed", "u1") * frames["top"] / 255 == pytest.approx(5.0)
+    assert (column(frames, "flags", "u1") & 7).tolist().count(1) == 9  # nine steps of reset
+    assert data["returns"]["raw"][0] == [40, 40.0]  # a reset's rewards are not the policy's
+    assert data["map"]["checkpoints"][1] == [-6, 0, 0.7] and len(data["map"]["walls"]) == 2
+    assert data["state"] in ("running", "unfinished") and data["steps"] == 300
+    facts = dict(data["facts"])
+    assert facts["updates"] == "1,200" and facts["wall-clock"] == "0:00:30" and facts["seed"] == "3"
+    assert lines[0].startswith("disk: ") and lines[1].endswith("  a")
+
+
+def test_the_page_needs_nothing_else(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    report.write_report(run, out)
+    text = out.read_text().replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?:|//cdn|\bsrc=|@import|url\(|<link|fetch\(", text)
+    assert "{{" not in text
+
+
+def test_no_learning_and_no_physics_are_imported() -> None:
+    code = "import sys, tether.launch.report; print([m for m in ('jax', 'mujoco') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    report.write_report(run, tmp_path / "page.html")
+    data = page_data(tmp_path / "page.html")
+    assert data["frames"] is None and data["laps"] == [] and data["map"]["walls"]
+    assert data["state"] == "unfinished" and data["steps"] == 0
+
+
+def test_a_torn_run_says_so_and_shows_the_rest(run: Path, tmp_path: Path) -> None:
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 990, "env/epis')
+    segment = next((run / "steps").rglob("*.seg"))
+    segment.write_bytes(segment.read_bytes()[:-5])
+    lines = report.write_report(run, tmp_path / "page.html")
+    data = page_data(tmp_path / "page.html")
+    assert len(data["laps"]) == 3 and data["steps"] == 300
+    assert len([line for line in lines if line.startswith("warning: 1 damaged")]) == 1
+
+
+def test_metrics_that_are_not_numbers_are_left_out(run: Path, tmp_path: Path) -> None:
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 310, "learn/critic_loss": null, "learn/utd": NaN, "learn/entropy": "x"}\n')
+    report.write_report(run, tmp_path / "page.html")
+    learn = page_data(tmp_path / "page.html")["learn"]
+    assert len(learn["critic_loss"]) == 3 and learn["utd"] == [] and learn["entropy"] == []
+
+
+def test_gymnasium_runs_have_curves_but_no_map(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "g", "gym:Pendulum-v1", "gym:Pendulum-v1")
+    write_metrics(run, [{"step": 200 * i, "env/episode_return": -1000.0 / i} for i in range(1, 6)])
+    report.write_report(run, tmp_path / "page.html")
+    data = page_data(tmp_path / "page.html")
+    assert data["map"] == {} and data["frames"] is None and data["notes"] == []
+    assert len(data["returns"]["raw"]) == 5 and ["best return", "-200", "one episode"] in data["tiles"]
+    assert data["state"] == "done"
+
+
+def test_two_actors_side_by_side_share_the_axis_of_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    for k, stream in enumerate(("aa" * 8, "bb" * 8)):
+        records = [record(i, version=2 * i + k) for i in range(1, 101)]
+        records[49] = record(50, version=100 + k, events={"lap_time_s": 5.0 + k})
+        write_stream(run / "steps" / stream, records, stream, created=str(k))
+    laps = report.describe(run)["laps"]
+    assert [lap[0] for lap in laps] == [99, 100]
+
+
+def test_a_long_run_makes_a_small_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MAX_FRAMES", 800)
+    run = make_run(tmp_path / "a", steps=20_000)
+    stream = report._Stream("1", HZ)
+    for one in driven(30):
+        stream.push(one)
+    stream.close()
+    drive = report.Drive([stream])
+    monkeypatch.setattr(report, "read_drive", lambda steps, notes: drive)
+    write_metrics(run, [{"step": i, "time_s": i, "learn/utd": 4.0, "env/episode_return": float(i % 7)}
+                        for i in range(20_000)])  # fmt: skip
+    data = report.describe(run)
+    assert data["frames"]["n"] <= 1000
+    assert all(0 <= a <= b < data["frames"]["n"] for _, a, b in data["clips"])
+    assert any(lap[3] < 0 for lap in data["laps"]), "laps that were left out cannot be shown"
+    best = min(data["laps"], key=lambda lap: (not lap[2], lap[1]))
+    assert best[4] - best[3] == LAP
+    assert len(data["learn"]["utd"]) == report.MAX_POINTS
+    raw = data["returns"]["raw"]
+    assert len(raw) <= report.MAX_POINTS and {0.0, 6.0} == {v for _, v in raw}
+    assert data["returns"]["smooth"][-1][1] == pytest.approx(3.0, abs=0.1)
+
+
+def test_full_size_stays_below_a_megabyte_and_a_half(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    stream = report._Stream("1", HZ)
+    stream.frames = [(*row, 0.0, 1.0, 1.0) for row in rng.uniform(0, 9, (100_000, 4)).tolist()]
+    film = report.Drive([stream]).film([])
+    assert len(json.dumps(film)) < 1_000_000
+
+
+def test_a_demonstration_is_found_where_the_run_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_stream(tmp_path / "lap", driven())
+    run = make_run(tmp_path / "runs" / "a", prior=["lap", "gone"])
+    monkeypatch.chdir("/")
+    assert report.describe(run)["demo_lap_s"] == 6.0
+    (tmp_path / "lap" / "00000001.seg").write_bytes(b"not a recording")
+    assert report.describe(run)["demo_lap_s"] is None
+
+
+def test_a_name_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", name="</script><b>", **{"from": "</script><script>alert(1)"})
+    report.write_report(run, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "</script><b>" not in text and "<script>alert" not in text
+    assert page_data(tmp_path / "page.html")["task"] == "</script><b>"
+
+
+def test_a_task_this_installation_does_not_know_costs_only_the_map(run: Path, tmp_path: Path) -> None:
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace('robot = "car"', 'robot = "submarine"'))
+    data = report.describe(run)
+    assert data["map"] == {} and "submarine" in data["notes"][0] and len(data["laps"]) == 3
+
+
+def test_a_failed_run_says_why(run: Path) -> None:
+    (run / "error.txt").write_text("Traceback\n  somewhere\nOSError: disk full\n")
+    assert report.describe(run)["state"] == "failed: OSError: disk full"
+
+
+def test_disk_is_told_largest_first(tmp_path: Path) -> None:
+    for i in range(25):
+        run = make_run(tmp_path / f"r{i:02d}")
+        (run / "snapshots").mkdir()
+        (run / "snapshots" / "blob").write_bytes(bytes(10_000 * (i + 1)))
+    (tmp_path / "latest").symlink_to(tmp_path / "r24")
+    (tmp_path / "no-run").mkdir()
+    lines = report.disk_lines(tmp_path)
+    assert "25 run(s)" in lines[0] and lines[1].endswith("r24") and len(lines) == 22
+    assert "snapshots   250 kB" in lines[1] and lines[-1].endswith("in 5 smaller one(s)")
+
+
+def test_what_cannot_be_read_or_written_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    for out in (taken, tmp_path / "missing" / "page.html"):
+        with pytest.raises(RunError, match="cannot be written: .*; choose another place with --out"):
+            report.write_report(run, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "taken"], "nothing is left lying about"
+
+
+def test_the_command_prints_where_the_page_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(run / "report.html")
+    assert (run / "report.html").is_file()
