@@ -151,6 +151,8 @@ def serve(
             raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
         seed = int(orders["seed"]) if seed is None else seed
         env = catalog.make_env(catalog.make_task(spec), real, seed, realtime)
+        if isinstance(env, RobotEnv):
+            env.auto_reset = bool(orders["auto_reset"])
         if view:
             start_view(env)
         link.begin(stream_meta(spec))

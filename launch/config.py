@@ -78,6 +78,7 @@ class Actor:
     """How an actor behaves before it has learned anything."""
 
     random_steps: int = _limited(5_000, 0)  # uniformly random actions before the policy drives
+    auto_reset: bool = True  # false only to show what practice without it is worth
 
 
 @dataclass(frozen=True)

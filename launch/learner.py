@@ -121,12 +121,12 @@ class Learner:
                 continue
             metrics = self.trainer.push(stream, record)
             self.link.set_run_until(stream, self.trainer.stream_steps(stream) + settings.max_lead)
+            if metrics:
+                self._episode(metrics)
             if record.action is None:
                 continue
             if self.trainer.steps % settings.publish_every == 0:
                 self._publish()
-            if metrics:
-                self._episode(metrics)
             if self.trainer.steps % settings.log_every == 0:
                 self._measure()
         for stream in self.link.status():
@@ -164,6 +164,7 @@ class Learner:
             "name": self.job.spec.name,
             "policy": self.trainer.policy_spec(),
             "random_steps": 0 if len(self.trainer.prior) else self.job.config.actor.random_steps,
+            "auto_reset": self.job.config.actor.auto_reset,
             "seed": self.job.seed,
         }
 
