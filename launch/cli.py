@@ -97,17 +97,7 @@ def build() -> argparse.ArgumentParser:
     _driving(actor)
 
     record = command("record", "record", "drive, and keep what was driven")
-    record.add_argument("task", help=TASK_HELP)
-    record.add_argument("--teleop", default="script", choices=["script", "keyboard", "gamepad"], help="who drives")
-    record.add_argument("--speed", type=float, default=1.0, help="of the scripted driver, m/s (default: 1.0)")
-    record.add_argument("--laps", type=_count, default=1, help="stop after this many (default: 1)")
-    record.add_argument("--quality", type=float, default=1.0, help="0 (wandering) to 1 (clean) of the script")
-    record.add_argument("--out", help="the recording's folder (default: recordings/TASK-N)")
-    record.add_argument("--seed", type=_seed, default=0, help="of the twin's noise (default: 0)")
-    record.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
-    record.add_argument("--realtime", action="store_true", help="the twin keeps real time (always with a person)")
-    record.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
-    _json(record)
+    _recording(record)
 
     course = command("course", "course", "a task file from a centre-line CSV or from a recording")
     course.add_argument("file", help="a .csv (x_m, y_m, w_tr_right_m, w_tr_left_m) or a recording")
@@ -154,8 +144,21 @@ def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
 
 
+def _recording(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("task", help=TASK_HELP)
+    sub.add_argument("--teleop", default="script", choices=["script", "keyboard", "gamepad"], help="who drives")
+    sub.add_argument("--speed", type=float, default=1.0, help="of the scripted driver, m/s (default: 1.0)")
+    sub.add_argument("--laps", type=_count, default=1, help="stop after this many (default: 1)")
+    sub.add_argument("--quality", type=float, default=1.0, help="0 (wandering) to 1 (clean) of the script")
+    sub.add_argument("--out", help="the recording's folder (default: recordings/TASK-N)")
+    sub.add_argument("--seed", type=_seed, default=0, help="of the twin's noise (default: 0)")
+    sub.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
+    _driving(sub)
+    _json(sub)
+
+
 def _driving(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--realtime", action="store_true", help="the twin keeps real time")
+    sub.add_argument("--realtime", action="store_true", help="the twin keeps real time (always where a person drives)")
     sub.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
 
 

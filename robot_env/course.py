@@ -20,6 +20,7 @@ GOAL_SCALE_M = 5.0  # divides the distance to the checkpoint in the observation
 PREVIEW_M = (0.5, 1.0, 2.0, 3.0, 4.0)
 PREVIEW_SCALE_M = 2.0
 LINE_STEP_M = 0.25
+SPARSE_M = 1.0  # points of a centre line further apart than this are joined by straight lines
 HINDSIGHT_M = 4.0  # spread of goals drawn around the car, FastRLAP hindsight.py
 
 # Detectors, on measured channels only. FastRLAP/RACER thresholds (systems.md 1.6); `tests/test_course.py`
@@ -62,7 +63,10 @@ class Course:
         self._stuck_ticks = max(2, round(STUCK_S * spec.hz))
         self._tipped_ticks = max(1, round(TIPPED_S * spec.hz))
         points = np.asarray(spec.course.centerline) if spec.course.centerline else self._goals
-        # without a centre line: a smooth line through the checkpoints
+        # a smooth line, without a centre line through the checkpoints
+        if spec.course.centerline and np.linalg.norm(np.diff(points, axis=0), axis=1).max() > SPARSE_M:
+            straight = Line.from_points(points, spec.course.loop)  # as the walls are: a curve would leave them
+            points = straight.at(np.arange(0.0, straight.length, LINE_STEP_M))
         self.line = Line.from_points(resample(points, LINE_STEP_M, spec.course.loop), spec.course.loop)
         self.start = (*map(float, self.line.at(0.0)), float(self.line.heading(0.0)))
         self._goal_s = np.array([self.line.project(g)[0] for g in self._goals])

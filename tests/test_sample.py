@@ -1,0 +1,124 @@
+"""From records to samples: relabelling a recording for another task, and what is not trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tether.drivers.fake import Fake
+from tether.launch import catalog
+from tether.robot_env.env import RobotEnv
+from tether.robot_env.rate import Rate
+from tether.robot_env.safety import Gate
+from tether.robot_env.sample import Fold, samples
+from tether.robot_env.task import parse
+
+TASK = """
+[task]
+robot = "fake"
+kind = "course"
+hz = 10
+episode_s = 4
+[[checkpoint]]
+at = [5.0, 0.0]
+[[checkpoint]]
+at = {a}
+[[checkpoint]]
+at = [0.0, 9.0]
+"""
+HERE, THERE = "[10.0, 5.0]", "[4.0, -5.0]"
+
+
+def task(a: str):
+    return catalog.make_task(parse(TASK.format(a=a), "x"))
+
+
+def recording(a: str, ticks: int = 200, seed: int = 0):
+    made, robot = task(a), Fake()
+    env = RobotEnv(
+        robot, made, Gate(robot.command, catalog.limits(made.spec)), Rate(10, robot.now, robot.sleep)
+    )
+    records: list = []
+    env.on_record.append(records.append)
+    rng = np.random.default_rng(seed)
+    env.source = "teacher"
+    env.reset()
+    for _ in range(ticks):
+        _, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 2))
+        if terminated or truncated:
+            env.reset()
+    env.close()
+    return made, records
+
+
+def rows(found):
+    return [s for s in found if s.action is not None]
+
+
+def test_a_recording_of_the_same_task_gives_the_same_rewards_and_ends():
+    made, records = recording(HERE)
+    fold = Fold(made)
+    as_recorded = rows(s for r in records for s in fold.push(r))
+    again = rows(samples(made, records))
+    sources = [r.source for r in records if r.action is not None]
+    assert len(again) == len(as_recorded) == len(sources)
+    for a, b, source in zip(as_recorded, again, sources, strict=True):
+        assert (a.obs == b.obs).all() and (a.action == b.action).all() and a.train == b.train
+        if source != "reset":
+            assert a.reward == b.reward and a.terminated == b.terminated
+
+
+def test_a_recording_for_another_task_has_the_rewards_of_the_new_one():
+    _, records = recording(HERE)
+    new = task(THERE)
+    found = list(samples(new, records))
+    progress, action, expected = new.begin(records[0].reading), new.rest, []
+    for before, after in zip(records, records[1:], strict=False):
+        if before.action is None:
+            continue
+        obs = new.observe(progress, before.reading, action)
+        action = before.action
+        outcome = new.advance(progress, action, after.reading)
+        expected.append((obs, outcome.reward, outcome.terminated))
+    assert len(rows(found)) == len(expected)
+    for sample, (obs, reward, terminated) in zip(rows(found), expected, strict=True):
+        assert (sample.obs == obs).all() and (sample.reward, sample.terminated) == (reward, terminated)
+    old = rows(samples(task(HERE), records))
+    assert sum(abs(a.reward - b.reward) > 1e-3 for a, b in zip(old, rows(found), strict=True)) > 50
+
+
+def test_where_the_new_task_ends_the_segment_is_closed():
+    _, records = recording(HERE)
+    found = list(samples(task(HERE), records))
+    for before, after in zip(found, found[1:], strict=False):
+        if before.action is not None and (before.terminated or before.truncated):
+            assert after.action is None
+
+
+def test_a_recording_cut_short_still_closes_its_last_segment():
+    made, records = recording(HERE, 20)
+    whole, cut = list(samples(made, records)), list(samples(made, records[:10]))
+    assert cut[-1].action is None and len(rows(cut)) == 9
+    for a, b in zip(rows(cut), rows(whole), strict=False):
+        assert (a.obs == b.obs).all() and a.reward == b.reward
+
+
+def test_resets_and_what_left_the_box_are_not_trained_on():
+    made, records = recording(HERE, 400)
+    fold = Fold(made)
+    for record in records:
+        for sample in fold.push(record):
+            inside = record.action is not None and bool((np.abs(record.action) <= 1.0001).all())
+            assert sample.train == (inside and record.source != "reset")
+            assert sample.action is None or (np.abs(sample.action) <= 1).all()
+    assert {r.source for r in records} == {"teacher", "reset"}
+
+
+@pytest.mark.parametrize(
+    "source, trained", [("policy", True), ("takeover", True), ("teacher", True), ("reset", False)]
+)
+def test_who_is_learned_from(source, trained):
+    made, records = recording(HERE, 20)
+    record = next(r for r in records if r.action is not None and (np.abs(r.action) <= 1).all())
+    assert Fold(made).push(replace(record, source=source))[0].train is trained
