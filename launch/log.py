@@ -1,26 +1,31 @@
 """What a run says while it trains: `metrics.jsonl`, live progress for a person, TensorBoard where asked for.
 
-Each output has its own thread and a bounded queue: a full disk, a paused terminal or a closed pipe is said
-once and loses lines; it never stops or slows the training.
+A full disk or a closed terminal is said once and loses lines; it never ends the training.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import queue
 import shutil
 import sys
-import threading
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
-QUEUE = 10_000  # lines an output may be behind
 TTY_EVERY_S, PLAIN_EVERY_S = 0.5, 10.0
-RATE_OVER_S = 30.0  # steps/s and updates/s are means over this
+RATE_OVER = 20  # steps/s and updates/s are means over this many refreshes
+SHOWN = {
+    "learn/utd": "UTD {:.3g}",
+    "env/episode_return": "return {:.1f}",
+    "env/resets": "resets {:.0f}",
+    "env/interventions": "interventions {:.0f}",
+    "link/weights_age_s": "weights {:.2g} s old",
+}
 
 
 class LogError(RuntimeError):
@@ -43,34 +48,35 @@ class Log:
         tensorboard: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        stream = sys.stderr if stream is None else stream
-        self._tty = stream.isatty()
+        self._stream = sys.stderr if stream is None else stream
+        self._tty = self._stream.isatty()
         self._every_s = (TTY_EVERY_S if self._tty else PLAIN_EVERY_S) if every_s is None else every_s
-        self._total, self._clock = total, clock
-        self._records: list[_Outlet] = []
-        earlier = 0.0
+        self._total, self._clock, self._start = total, clock, clock()
+        self._file: TextIO | None = None
+        self._board = _board(Path(folder)) if tensorboard and folder else None
         if folder is not None:
-            earlier = max((float(row.get("time_s") or 0.0) for row in read_metrics(folder)), default=0.0)
-            if tensorboard:
-                self._records.append(_Outlet("TensorBoard", _Board(Path(folder))))
-            self._records.append(_Outlet("metrics.jsonl", _Lines(Path(folder) / "metrics.jsonl")))
-        self._screen = _Outlet("progress", _Screen(stream, self._tty))
-        self._start = clock() - earlier
+            self._start -= max((float(row.get("time_s") or 0.0) for row in read_metrics(folder)), default=0.0)
+            self._file = _lines(Path(folder) / "metrics.jsonl")
         self._shown = -math.inf
+        self._block = ""  # what of the terminal is drawn over next time
+        self._failed: set[str] = set()
         self._newest: dict[str, float] = {}
         self._laps: list[float] = []
-        self._past: deque[tuple[float, int, float]] = deque()  # time, step, updates
+        self._past: deque[tuple[float, int, float]] = deque(maxlen=RATE_OVER)  # time, step, updates
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics ("area/name": a number); what is not finite becomes null."""
-        numbers = {name: float(value) for name, value in values.items()}
-        row: dict[str, Any] = {"step": int(step), "time_s": round(self._clock() - self._start, 3)}
-        row |= {name: v if math.isfinite(v) else None for name, v in numbers.items()}
-        for outlet in self._records:
-            outlet.put(row)
-        self._newest |= numbers
-        if "env/lap_time_s" in numbers:
-            self._laps.append(numbers["env/lap_time_s"])
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        self._newest |= finite
+        if "env/lap_time_s" in finite:
+            self._laps.append(finite["env/lap_time_s"])
+        if self._file:
+            row = {"step": int(step), "time_s": round(self._clock() - self._start, 3)}
+            line = json.dumps(row | dict.fromkeys(values) | finite)
+            self._try("metrics.jsonl", self._file.write, line + "\n")
+        if self._board:
+            for name, value in finite.items():
+                self._try("TensorBoard", self._board.add_scalar, name, value, int(step))
 
     def show(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Refresh the progress if it is time, which is cheap; `values` are newer than the last written."""
@@ -80,23 +86,25 @@ class Log:
         self._shown = now
         self._newest |= values or {}
         self._past.append((now, step, self._newest.get("learn/updates", 0.0)))
-        while now - self._past[0][0] > RATE_OVER_S and len(self._past) > 2:
-            self._past.popleft()
-        self._screen.put(("status", self._parts(now, step)))
+        text = " | ".join(self._parts(now, step))
+        if self._tty:
+            erase = self._erase()
+            self._block = textwrap.fill(text, shutil.get_terminal_size().columns - 1)
+            self._say(erase + self._block)
+        else:
+            self._say(text + "\n")
 
     def note(self, text: str) -> None:
         """A line that stays: a first lap, a snapshot, an evaluation, a warning."""
-        self._screen.put(("note", text))
-
-    def flush(self, timeout: float = 5.0) -> bool:
-        """Wait until everything said so far is out; False when an output did not get there in time."""
-        marks = [outlet.mark() for outlet in (*self._records, self._screen)]
-        return all([mark.wait(timeout) for mark in marks])
+        self._say(f"{self._erase()}{text}\n{self._block}")
 
     def close(self) -> None:
-        """Write what is left and let go. Idempotent; gives an output that hangs a few seconds."""
-        for outlet in (*self._records, self._screen):
-            outlet.close()
+        """Let go of the outputs. Idempotent."""
+        if self._block:
+            self._block = ""
+            self._say("\n")
+        for output in filter(None, (self._file, self._board)):
+            self._try("the end of the metrics", output.close)
 
     def __enter__(self) -> Log:
         return self
@@ -107,38 +115,44 @@ class Log:
     def _parts(self, now: float, step: int) -> list[str]:
         """The pieces of the progress line; what is not known yet is left out."""
         of = f"/{self._total:,}" if self._total else ""
-        parts = [f"{_duration(now - self._start)}", f"step {step:,}{of}"]
+        parts = [_clock(now - self._start), f"step {step:,}{of}"]
         (then, old_step, old_updates), seen = self._past[0], self._newest
+        rate = (step - old_step) / max(now - then, 1e-9)
         if now > then:
-            rate = (step - old_step) / (now - then)
-            parts.append(f"{rate:.3g} steps/s")
-            if "learn/updates" in seen:
-                parts.append(f"{(seen['learn/updates'] - old_updates) / (now - then):.3g} updates/s")
-        for name, form in (
-            ("learn/utd", "UTD {:.3g}"),
-            ("env/episode_return", "return {:.1f}"),
-            ("env/resets", "resets {:.0f}"),
-            ("env/interventions", "interventions {:.0f}"),
-            ("link/weights_age_s", "weights {:.2g} s old"),
-        ):
-            if name in seen:
-                parts.append(form.format(seen[name]))
+            updates = (seen.get("learn/updates", 0.0) - old_updates) / (now - then)
+            parts += [f"{rate:.3g} steps/s", f"{updates:.3g} updates/s"]
+        parts += [form.format(seen[name]) for name, form in SHOWN.items() if name in seen]
         if self._laps:
             best = min(self._laps)
             parts.append(f"lap {self._laps[-1]:.1f} s (best {best:.1f}, {len(self._laps)} laps)")
-        if now > then and self._total and rate > 0:
-            parts.append(f"ETA {_duration(max(self._total - step, 0) / rate)}")
+        if self._total and rate > 0:
+            parts.append(f"ETA {_clock((self._total - step) / rate)}")
         return parts
+
+    def _erase(self) -> str:
+        """What takes the drawn block off a terminal."""
+        above = self._block.count("\n")
+        return "" if not self._tty else (f"\x1b[{above}F" if above else "\r") + "\x1b[J"
+
+    def _say(self, text: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._try("progress", self._stream.write, text.encode(encoding, "replace").decode(encoding))
+        self._try("progress", self._stream.flush)
+
+    def _try(self, output: str, call: Callable[..., Any], *arguments: Any) -> None:
+        """Write, or warn once that this output is lost."""
+        try:
+            call(*arguments)
+        except (OSError, ValueError) as error:
+            if output not in self._failed:
+                self._failed.add(output)
+                self._say(f"warning: {output} cannot be written ({error}); training goes on without it\n")
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, oldest first; torn or damaged lines are left out."""
-    try:
-        lines = (Path(run) / "metrics.jsonl").read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
+    path, rows = Path(run) / "metrics.jsonl", []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:
@@ -148,151 +162,22 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-class _Outlet:
-    """A thread that writes what is put, one after the other; putting never waits."""
-
-    def __init__(self, name: str, sink: _Lines | _Screen | _Board) -> None:
-        self._name, self._sink = name, sink
-        self._queue: queue.Queue[Any] = queue.Queue(QUEUE)
-        self._lost = False
-        self._closed = False
-        self._warned: set[str] = set()
-        self._thread = threading.Thread(target=self._run, name=f"log {name}", daemon=True)
-        self._thread.start()
-
-    def put(self, item: Any) -> None:
-        try:
-            self._queue.put_nowait(item)
-        except queue.Full:
-            self._lost = True
-
-    def mark(self) -> threading.Event:
-        """An event that is set when everything put before is written."""
-        event = threading.Event()
-        self.put(event)
-        return event
-
-    def close(self, timeout: float = 5.0) -> None:
-        if not self._closed:
-            self._closed = True
-            try:
-                self._queue.put(None, timeout=timeout)
-            except queue.Full:
-                return
-            self._thread.join(timeout)
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            try:
-                self._sink.write(item)
-            except (OSError, ValueError, RuntimeError) as error:
-                self._warn(f"cannot be written ({error}); training goes on without it")
-            if self._lost:
-                self._warn("is too slow; some of it is lost")
-        try:
-            self._sink.close()
-        except (OSError, ValueError, RuntimeError) as error:
-            self._warn(f"was not closed ({error})")
-
-    def _warn(self, text: str) -> None:
-        if text not in self._warned and len(self._warned) < 3:
-            self._warned.add(text)
-            try:
-                print(f"warning: {self._name} {text}", file=sys.stderr, flush=True)
-            except (OSError, ValueError):
-                pass  # standard error is gone too
+def _lines(path: Path) -> TextIO:
+    """The file, to be appended to; every line is handed to the system when it is whole."""
+    torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")  # a process died within a line
+    file = path.open("a", buffering=1, encoding="utf-8")
+    if torn:
+        file.write("\n")
+    return file
 
 
-class _Lines:
-    """metrics.jsonl: one JSON object a line, written through to the system line by line."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "ab", buffering=0)  # type: ignore[assignment]
-        self._torn = False
-        if path.stat().st_size:
-            with open(path, "rb") as tail:
-                tail.seek(-1, 2)
-                self._torn = tail.read(1) != b"\n"  # the process before died in the middle of a line
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        payload = json.dumps(row, allow_nan=False).encode() + b"\n"
-        if self._torn:
-            payload = b"\n" + payload
-        self._torn = True  # until all of it is written
-        while payload:
-            payload = payload[self._file.write(payload) :]
-        self._torn = False
-
-    def close(self) -> None:
-        self._file.close()
+def _board(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError:
+        raise LogError("TensorBoard needs tensorboardX: pip install 'tether[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
-class _Screen:
-    """Progress on a terminal (a block that is drawn over) or as plain lines; notes stay above it."""
-
-    def __init__(self, stream: TextIO, tty: bool) -> None:
-        self._stream, self._tty = stream, tty
-        self._block = ""
-
-    def write(self, item: tuple[str, Any]) -> None:
-        kind, content = item
-        if not self._tty:
-            self._print((" | ".join(content) if kind == "status" else content) + "\n")
-            return
-        above = self._block.count("\n")
-        erase = (f"\x1b[{above}F" if above else "\r") + "\x1b[J"
-        if kind == "status":
-            self._block = _wrap(content, shutil.get_terminal_size().columns - 1)
-            self._print(erase + self._block)
-        else:
-            self._print(f"{erase}{content}\n{self._block}")
-
-    def close(self) -> None:
-        if self._tty and self._block:
-            self._print("\n")
-
-    def _print(self, text: str) -> None:
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self._stream.write(text.encode(encoding, "replace").decode(encoding))
-        self._stream.flush()
-
-
-class _Board:
-    """TensorBoard event files in the run folder."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ModuleNotFoundError:
-            raise LogError("TensorBoard needs tensorboardX: pip install 'tether[tensorboard]'") from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if "/" in name and value is not None:
-                self._writer.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _wrap(parts: list[str], width: int) -> str:
-    lines = [parts[0]]
-    for part in parts[1:]:
-        if len(lines[-1]) + 3 + len(part) <= width:
-            lines[-1] += f" | {part}"
-        else:
-            lines.append(part)
-    return "\n".join(line[:width] for line in lines)
-
-
-def _duration(seconds: float) -> str:
-    whole = max(int(seconds), 0)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=max(int(seconds), 0)))

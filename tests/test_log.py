@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import sys
-import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,68 +78,26 @@ def test_a_resumed_run_goes_on_after_a_torn_line(tmp_path):
 def test_lines_are_out_before_the_run_ends(tmp_path):
     with Log(tmp_path, stream=io.StringIO()) as out:
         out.write(1, {"env/resets": 1})
-        assert out.flush()
         assert len(read_metrics(tmp_path)) == 1
 
 
-class Full:
-    """A disk that takes `room` bytes, then none until `free`."""
-
-    def __init__(self, room):
-        self.room, self.data = room, b""
-
-    def write(self, payload):
-        if not self.room:
-            raise OSError(28, "No space left on device")
-        took = payload[: self.room]
-        self.room -= len(took)
-        self.data += took
-        return len(took)
-
-    def close(self):
-        pass
-
-
-def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path, capsys):
-    out = Log(tmp_path, stream=io.StringIO())
-    sink = out._records[0]._sink
-    sink._file.close()
-    disk = sink._file = Full(room=40)
-    for step in range(5):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path):
+    stream = io.StringIO()
+    out = Log(tmp_path, stream=stream)
+    out.write(1, {})
+    full = open("/dev/full", "a", buffering=1)
+    working, out._file = out._file, full
+    for step in range(2, 5):
         out.write(step, {})
-    assert out.flush()
-    disk.room = 1000
+    out._file = working
     out.write(9, {})
     out.close()
-    (tmp_path / "metrics.jsonl").write_bytes(disk.data)
-    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 9]
-    said = capsys.readouterr().err
+    with pytest.raises(OSError):
+        full.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 9]
+    said = stream.getvalue()
     assert said.count("warning: metrics.jsonl cannot be written") == 1 and "No space left" in said
-
-
-def test_an_output_that_hangs_never_holds_up_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(log, "QUEUE", 10)
-    started, released = threading.Event(), threading.Event()
-
-    class Paused(io.StringIO):
-        def write(self, text):
-            started.set()
-            released.wait(30)
-            return super().write(text)
-
-    stream = Paused()
-    out = Log(tmp_path, stream=stream)
-    out.note("first")
-    assert started.wait(30)
-    for i in range(100):
-        out.note(str(i))
-    out.write(1, {"learn/utd": 1})
-    assert out._records[0].mark().wait(30)  # the other output is not held up
-    assert len(read_metrics(tmp_path)) == 1
-    released.set()
-    out.close()
-    assert stream.getvalue().splitlines() == ["first", *map(str, range(10))]
-    assert "progress is too slow; some of it is lost" in capsys.readouterr().err
 
 
 def test_a_closed_terminal_is_no_error(tmp_path):
@@ -150,7 +108,6 @@ def test_a_closed_terminal_is_no_error(tmp_path):
     with Log(tmp_path, stream=Gone()) as out:
         out.note("hello")
         out.write(1, {})
-        assert out.flush()
     out.close()
     assert len(read_metrics(tmp_path)) == 1
 
@@ -170,12 +127,12 @@ def test_progress_says_what_a_person_wants_to_know():
     out.show(1100)
     out.close()
     first, second, third = stream.getvalue().splitlines()
-    assert first == "0s | step 0/12,000"
+    assert first == "0:00:00 | step 0/12,000"
     assert second == (
-        "20s | step 1,000/12,000 | 50 steps/s | 200 updates/s | UTD 4 | return 61.2 | resets 7 | "
-        "weights 0.21 s old | lap 22.0 s (best 22.0, 2 laps) | ETA 3m40s"
+        "0:00:20 | step 1,000/12,000 | 50 steps/s | 200 updates/s | UTD 4 | return 61.2 | resets 7 | "
+        "weights 0.21 s old | lap 22.0 s (best 22.0, 2 laps) | ETA 0:03:40"
     )
-    assert third.startswith("7m01s | step 1,100/12,000 | 0.249 steps/s") and third.endswith("ETA 12h08m")
+    assert third.startswith("0:07:01 | step 1,100/12,000 | 2.61 steps/s") and third.endswith("ETA 1:09:31")
 
 
 def test_progress_is_drawn_over_on_a_terminal_and_notes_stay(monkeypatch):
@@ -190,7 +147,7 @@ def test_progress_is_drawn_over_on_a_terminal_and_notes_stay(monkeypatch):
     out.close()
     lines = drawn(stream)
     assert lines[0] == "first lap: 31.2 s"
-    assert lines[1].startswith("2s | step 3/100")
+    assert lines[1].startswith("0:00:02 | step 3/100")
     assert sum("step" in line for line in lines) == 1 and "resets 3" in " ".join(lines)
     assert all(len(line) < 40 for line in lines) and lines[-1] == ""
 
