@@ -67,6 +67,7 @@ def train(job: Any, actor: list[str] | None, quiet: bool = False) -> dict[str, A
     """Run a learner here and, with `actor` (its arguments), an actor beside it until the steps are done."""
     stop = Stop()
     give_back = stop.install()
+    cores = _split_cores() if actor and "--realtime" in actor else None
     child: subprocess.Popen[bytes] | None = None
     with Log(job.folder, job.config.learner.steps, tensorboard=job.tensorboard) as log:
         try:
@@ -74,6 +75,8 @@ def train(job: Any, actor: list[str] | None, quiet: bool = False) -> dict[str, A
             log.note(f"run {job.folder}, learner at {learner.link.address}")
             if actor is not None:
                 child = _spawn_actor(learner.link.address, actor)
+                if cores is not None:
+                    os.sched_setaffinity(child.pid, cores)
                 threading.Thread(target=_watch, args=(child, stop), daemon=True).start()
             result = learner.run(stop)
             if child is not None and child.wait(ACTOR_GRACE_S) not in (0, None) and not stop.reason:
@@ -90,6 +93,15 @@ def train(job: Any, actor: list[str] | None, quiet: bool = False) -> dict[str, A
     if stop.reason.startswith("the actor"):
         raise RunError(f"{stop.reason}; what it had sent is kept in {job.folder}, go on with --resume")
     return result
+
+
+def _split_cores() -> set[int] | None:
+    """Leave the first core to the actor: a loop in real time wakes up late beside a learner."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) < 2:
+        return None
+    os.sched_setaffinity(0, cores[1:])  # before JAX counts them
+    return {cores[0]}
 
 
 def _learner(job: Any, log: Log) -> Any:
