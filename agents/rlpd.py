@@ -52,13 +52,20 @@ class Config:
     layer_norm: bool = True  # of the critics
 
     def __post_init__(self) -> None:
-        if not 1 <= self.subset <= self.ensemble:
-            raise ValueError(f"subset = {self.subset}: must lie between 1 and ensemble = {self.ensemble}")
-        if self.batch < 2 or self.batch % 2:
-            raise ValueError(f"batch = {self.batch}: must be even, half of it is prior data")
-        if self.max_delta is not None and not 0 < self.max_delta <= 2:
-            raise ValueError(f"max_delta = {self.max_delta}: must lie in (0, 2], or be None")
         object.__setattr__(self, "hidden", tuple(self.hidden))  # a list would not hash
+        shares = ("critic_lr", "actor_lr", "temp_lr", "tau", "gamma")
+        rules = {name: (0 <= getattr(self, name) <= 1, "must lie between 0 and 1") for name in shares}
+        rules |= {name: (getattr(self, name) >= 1, "must be at least 1") for name in ("n_step", "utd")}
+        rules |= {
+            "hidden": (min(self.hidden, default=0) >= 1, "must be the widths of the layers"),
+            "subset": (1 <= self.subset <= self.ensemble, f"must lie in 1 ... ensemble = {self.ensemble}"),
+            "batch": (self.batch >= 2 and self.batch % 2 == 0, "must be even, half of it is prior data"),
+            "max_delta": (self.max_delta is None or 0 < self.max_delta <= 2, "must lie in (0, 2] or be None"),
+            "init_temperature": (self.init_temperature > 0, "must be above 0"),
+        }
+        for name, (holds, says) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)}: {says}")
 
     def entropy_goal(self, action_size: int) -> float:
         """Target entropy: -|A|/2, and with `max_delta` as far below what fits into the window.
@@ -109,9 +116,7 @@ def act(
     cfg: Config, params: Params, obs: jax.Array, prev_action: jax.Array, key: jax.Array | None = None
 ) -> jax.Array:
     """Action in [-1, 1] for (..., obs) and the executed previous action: the mean, or a sample with a key."""
-    mean, log_std = _gaussian(cfg, params, obs)
-    noise = jnp.zeros_like(mean) if key is None else jax.random.normal(key, mean.shape)
-    return _squash(cfg, mean, log_std, noise, prev_action)[0]
+    return _sample(cfg, params, obs, prev_action, key)[0]
 
 
 @partial(jax.jit, static_argnames="cfg", donate_argnames="state")
@@ -128,7 +133,11 @@ def update(cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, 
     def step(carry: Any, inputs: Any) -> Any:
         critic, target, opt = carry
         batch, next_action, next_log_prob, members = inputs
-        y = _target(cfg, target, batch, next_action, next_log_prob, temperature, members)
+        drawn = target if members is None else jax.tree.map(lambda x: x[members], target)
+        value = _q(cfg, drawn, batch["next_obs"], next_action).min(0)
+        if cfg.backup_entropy:
+            value = value - temperature * next_log_prob
+        y = batch["reward"] + batch["discount"] * value
         (loss, q), grads = jax.value_and_grad(partial(_critic_loss, cfg), has_aux=True)(critic, batch, y)
         critic, opt = _descend(cfg.critic_lr, grads, opt, critic)
         target = optax.incremental_update(critic, target, cfg.tau)
@@ -183,33 +192,24 @@ def policy_spec(cfg: Config, state: State) -> dict[str, Any]:
     }
 
 
-def _gaussian(cfg: Config, params: Params, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    module = Actor(cfg.hidden, params["mean"]["bias"].shape[0], cfg.actor_layer_norm)
-    return cast(tuple[jax.Array, jax.Array], module.apply({"params": params}, obs))
-
-
-def _q(cfg: Config, params: Params, obs: jax.Array, action: jax.Array) -> jax.Array:
+def _q(cfg: Config, params: Params, obs: jax.Array, action: jax.Array) -> Any:
     """(members, batch) values; as many members as the parameters have."""
     module = Critics(params["value_bias"].shape[0], cfg.hidden, cfg.layer_norm)
-    return cast(jax.Array, module.apply({"params": params}, obs, action))
+    return module.apply({"params": params}, obs, action)
 
 
-def _squash(
-    cfg: Config, mean: jax.Array, log_std: jax.Array, noise: jax.Array, prev_action: jax.Array
+def _sample(
+    cfg: Config, params: Params, obs: jax.Array, prev_action: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Action and its log-density, within the window around the previous action where there is one."""
+    """Action (the mean without a key) and its log-density, within the window where there is one."""
+    module = Actor(cfg.hidden, params["mean"]["bias"].shape[0], cfg.actor_layer_norm)
+    mean, log_std = cast(tuple[jax.Array, jax.Array], module.apply({"params": params}, obs))
+    noise = jnp.zeros_like(mean) if key is None else jax.random.normal(key, mean.shape)
     action, log_prob = tanh_normal(mean, log_std, noise)
     if cfg.max_delta is None:
         return action, log_prob
     low, high = window(prev_action, cfg.max_delta)
     return into(low, high, action), log_prob - jnp.log(0.5 * (high - low)).sum(-1)
-
-
-def _sample(
-    cfg: Config, params: Params, obs: jax.Array, prev_action: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    mean, log_std = _gaussian(cfg, params, obs)
-    return _squash(cfg, mean, log_std, jax.random.normal(key, mean.shape), prev_action)
 
 
 def _subsets(cfg: Config, key: jax.Array, updates: int) -> jax.Array | None:
@@ -218,24 +218,6 @@ def _subsets(cfg: Config, key: jax.Array, updates: int) -> jax.Array | None:
         return None
     # the largest of random numbers: a draw without replacement
     return lax.top_k(jax.random.uniform(key, (updates, cfg.ensemble)), cfg.subset)[1]
-
-
-def _target(
-    cfg: Config,
-    target: Params,
-    batch: Batch,
-    next_action: jax.Array,
-    next_log_prob: jax.Array,
-    temperature: jax.Array,
-    members: jax.Array | None,
-) -> jax.Array:
-    """y (batch,): what the critics should say."""
-    if members is not None:
-        target = jax.tree.map(lambda x: x[members], target)
-    q = _q(cfg, target, batch["next_obs"], next_action).min(0)
-    if cfg.backup_entropy:
-        q = q - temperature * next_log_prob
-    return batch["reward"] + batch["discount"] * q
 
 
 def _critic_loss(cfg: Config, critic: Params, batch: Batch, y: jax.Array) -> tuple[jax.Array, jax.Array]:

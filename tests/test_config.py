@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
-from tether.launch import config
+from tether.launch import catalog, config
 from tether.launch.config import ConfigError
+
+pytest.importorskip("jax")  # the algorithm says itself what it takes
 
 
 def test_full_is_rlpd_as_published():
@@ -53,12 +53,12 @@ def test_the_family_comes_from_the_task():
 def test_presets_stack_left_to_right_and_set_wins(tmp_path):
     mine = tmp_path / "mine.toml"
     mine.write_text(
-        "[agent]\nutd = 7\ngamma = 0.9\n"
+        "[agent]\nutd = 7\ngamma = 0.9\ntau = 0.5\n"
         "[family.course.agent]\ngamma = 0.95\n[family.gym.agent]\ntau = 1\n"
     )
     found = config.load(f"cpu,{mine}", "course", ["agent.utd=9", "learner.snapshot_every_s=5"])
     assert found.agent["utd"] == 9 and found.agent["gamma"] == 0.95 and found.agent["ensemble"] == 2
-    assert found.agent["tau"] == 0.005
+    assert found.agent["tau"] == 0.5
     assert found.learner.snapshot_every_s == 5.0 and isinstance(found.learner.snapshot_every_s, float)
 
 
@@ -76,25 +76,26 @@ def test_set_takes_toml_values_and_bare_words():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("agent.gama=0.9", "--set: unknown setting agent.gama; valid are ensemble, subset"),
-        ("agnt.gamma=0.9", "--set: unknown setting agnt; valid are agent, learner, actor"),
+        ("agent.gama=0.9", "--set: agent.gama is no setting; valid are ensemble, subset"),
+        ("agnt.gamma=0.9", "--set: agnt is no setting; valid are agent, learner, actor"),
         ("agent.gamma=high", "--set: agent.gamma must be a number, not 'high'"),
         ("agent.gamma=true", "agent.gamma must be a number"),
         ("agent.gamma=nan", "agent.gamma must be a number"),
-        ("agent.gamma=1.5", "agent.gamma = 1.5 is out of range; between 0 and 1"),
+        ("agent.gamma=1.5", "[agent] gamma = 1.5: must lie between 0 and 1"),
+        ("agent.max_delta='x'", "agent.max_delta must be a number or \"none\", not 'x'"),
         ("agent.utd=2.5", "agent.utd must be a whole number, not 2.5"),
         ("agent.utd=none", "agent.utd must be a whole number"),
-        ("agent.subset=3", "agent.subset = 3 exceeds agent.ensemble = 2"),
-        ("agent.batch=255", "agent.batch = 255 must be even"),
+        ("agent.subset=3", "[agent] subset = 3: must lie in 1 ... ensemble = 2"),
+        ("agent.batch=255", "[agent] batch = 255: must be even"),
         ("agent.hidden=64", "agent.hidden must be a list of whole numbers"),
-        ("agent.hidden=[64, 1.5]", "agent.hidden must be a whole number, not 1.5"),
+        ("agent.hidden=[64, 1.5]", "agent.hidden must be a list of whole numbers, not [64, 1.5]"),
+        ("agent.hidden=[]", "agent.hidden must be a list of whole numbers, not []"),
         ("agent.backup_entropy=1", "agent.backup_entropy must be true or false, not 1"),
-        ("agent.algorithm=rlpf", "unknown algorithm 'rlpf'; this installation has rlpd"),
-        ("agent.algorithm=3", "agent.algorithm must be a name in quotes, not 3"),
+        ("agent=1", "write section.key=value"),
+        ("learner.steps=0", "[learner] steps = 0: must be at least 1"),
         ("gamma=0.9", "write section.key=value"),
         ("agent.gamma", "write section.key=value"),
-        ("agent.gamma=0.9\nutd=3", "one setting at a time"),
-        ("agent.gamma=[", "is not a TOML value"),
+        ("agent.gamma=[", "agent.gamma must be a number, not '['"),
         ("family.course=1", "valid are agent, learner, actor"),
     ],
 )
@@ -104,16 +105,20 @@ def test_a_wrong_setting_is_one_line_that_names_it(text, says):
     assert says in str(caught.value) and "\n" not in str(caught.value).replace(text, "")
 
 
+def test_an_unknown_algorithm_is_named():
+    for name in ("rlpf", "3", "[1]"):
+        with pytest.raises(catalog.CatalogError, match="unknown algorithm .*; this installation has rlpd"):
+            config.load("cpu", "course", [f"agent.algorithm={name}"])
+
+
 def test_a_wrong_preset_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no preset 'fast'; give cpu, full or the path"):
         config.load("fast", "course")
-    with pytest.raises(ConfigError, match="unknown family 'swim'; valid are course"):
-        config.load("cpu", "swim")
     for text, says in (
-        ("[agent", "not valid TOML"),
+        ("[agent", "cannot be read as TOML"),
         ("agent = 3", "agent must be a table"),
-        ("[agent]\nutdd = 3", r"mine\.toml: unknown setting agent.utdd"),
-        ("[family.swim.agent]\nutd = 3", r"mine\.toml: unknown setting family.swim; valid are course"),
+        ("[agent]\nutdd = 3", r"mine\.toml: agent.utdd is no setting"),
+        ("[family.swim.agent]\nutd = 3", r"mine\.toml: family.swim is no setting; valid are course"),
         ("family = 3", "family must be a table"),
         ("[family]\ncourse = 3", "must be a table"),
         ("[learner]\nsteps = 'all'", r"mine\.toml: learner.steps must be a whole number"),
@@ -135,23 +140,11 @@ def test_a_run_of_another_version_is_refused_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.toml: agent.utd must be a whole number"):
         config.read(tmp_path)
     (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="not valid TOML"):
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
         config.read(tmp_path)
 
 
-def test_the_schema_is_the_agents_own():
-    pytest.importorskip("jax")
-    from tether.agents import rlpd
-
-    ours = {f.name: f.default for f in dataclasses.fields(config.Rlpd)}
-    theirs = {f.name: f.default for f in dataclasses.fields(rlpd.Config)}
-    assert ours == theirs
-    rlpd.Config(**config.load("cpu", "course").agent)
-
-
 def test_an_algorithm_that_plugs_in_says_what_it_takes(monkeypatch):
-    from tether.launch import catalog
-
     @dataclasses.dataclass(frozen=True)
     class Theirs:
         gamma: float = 0.5
@@ -162,10 +155,5 @@ def test_an_algorithm_that_plugs_in_says_what_it_takes(monkeypatch):
     found = config.load("cpu", "gym", ["agent.algorithm=theirs", "agent.width=5"])
     assert found.algorithm == "theirs"
     assert dict(found.agent) == {"gamma": 0.99, "width": 5, "style": "plain"}
-    with pytest.raises(ConfigError, match="unknown setting agent.utd; valid are gamma, width, style"):
+    with pytest.raises(ConfigError, match="agent.utd is no setting; valid are gamma, width, style"):
         config.load("cpu", "gym", ["agent.algorithm=theirs", "agent.utd=5"])
-
-
-def test_config_needs_no_jax():
-    code = "import sys; sys.modules['jax'] = None; from tether.launch import config; config.load()"
-    subprocess.run([sys.executable, "-c", code], check=True)
