@@ -30,7 +30,7 @@ class Pursuit:
     ) -> None:
         self._line, self._speed, self._lookahead = line, speed_mps, lookahead_m
         self._wheelbase, self._max_steer = wheelbase_m, max_steer_rad
-        self._index: int | None = None
+        self._along: float | None = None
 
     def act(self, pose: np.ndarray) -> tuple[float, float]:
         """(speed m/s, steering rad, left positive) for a pose (x m, y m, cos, sin heading) of the centre.
@@ -38,10 +38,10 @@ class Pursuit:
         Coulter's arc touches the heading at the rear axle, half a wheelbase behind the pose.
         """
         x, y, cos, sin = (float(v) for v in pose)
-        s, offset, index = self._line.project((x, y), self._index)
-        if self._index is not None and abs(offset) > 2 * self._lookahead:  # it was set down elsewhere
-            s, offset, index = self._line.project((x, y))
-        self._index = index
+        s, offset, _ = self._line.project((x, y), self._along)
+        if abs(offset) > 2 * self._lookahead:  # it was set down elsewhere
+            s, _, _ = self._line.project((x, y))
+        self._along = s
         gx, gy = self._line.at(s + self._lookahead)
         dx, dy = gx - (x - cos * self._wheelbase / 2), gy - (y - sin * self._wheelbase / 2)
         ahead, left = cos * dx + sin * dy, cos * dy - sin * dx

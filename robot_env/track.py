@@ -6,25 +6,21 @@ Lengths in m, map frame. A closed line does not repeat its first point.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-MAX_CSV_BYTES = 8_000_000
-MAX_POINTS = 50_000
 APART_M = 10.0  # stretches further apart than this along the track may not be joined (task-file contract)
-CELL_M = 0.04  # grid of the distance field the walls are traced on
 THIN_M = 0.02  # less than this between two walls is no room for them
-MAX_NODES = 16_000_000
-SIMPLIFY_M = 0.01  # walls are thinned to this tolerance
+WALL_STEP_M = 0.03  # spacing of the points walls are made of ...
+WALL_TOLERANCE_M = 0.01  # ... before they are thinned to this
 HEADING_M = 0.2
 STEP_M = 0.25  # spacing of a lap line
-SMOOTH_M = 0.75  # half width of the smoothing of a driven lap
+SMOOTH_M = 0.3  # standard deviation of the smoothing of a driven lap
 LAP_M = 5.0  # shorter is no lap
-MAX_STARTS = 4000  # positions a lap is looked for from; so far ahead, too, in steps of STEP_M
 CHECKPOINTS = (4, 8)  # fewest and most that are chosen; FastRLAP and RACER ran 3-6 (systems.md 1.5)
+PLACES = 96  # to choose from
 RADIUS_M = 1.0  # of a checkpoint where no width is known (RACER's default)
 MARGIN_M = 0.25  # a checkpoint reaches this far beyond the walls, so that it cannot be driven past
 
@@ -35,30 +31,32 @@ class TrackError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """A polyline to be followed, with what projection needs computed once. Build with `from_points`."""
+    """A polyline to be followed. Build with `from_points`."""
 
     points: np.ndarray  # (n, 2) m
     loop: bool
-    along: np.ndarray  # (n,) m, travelled at each point; n segments in a loop, else n - 1
+    along: np.ndarray  # (segments + 1,) m, travelled at the corners
     length: float  # m, closing segment included in a loop
-    _segments: np.ndarray  # (6, segments): start x, y, vector x, y, length, 1 / length^2
+    corners: np.ndarray  # (segments + 1, 2) m: the points, and in a loop the first one again
 
     @classmethod
     def from_points(cls, points: np.ndarray, loop: bool) -> Line:
         """A line through (n, 2) points; repeated points are dropped. Raises TrackError below 2 points."""
-        points = _distinct(points, loop)
-        ends = np.roll(points, -1, axis=0) if loop else points[1:]
-        vectors = ends - points[: len(ends)]
-        lengths = np.hypot(vectors[:, 0], vectors[:, 1])
-        along = np.concatenate(([0.0], np.cumsum(lengths)))
-        segments = np.vstack((points[: len(ends)].T, vectors.T, lengths, 1.0 / lengths**2))
-        return cls(points, loop, along[: len(points)], float(along[-1]), segments)
+        points = np.asarray(points, np.float64)
+        if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+            raise TrackError(f"a line is (n, 2) finite numbers in m, not an array of shape {points.shape}")
+        corners = np.vstack((points, points[:1])) if loop else points
+        moved = np.hypot(*np.diff(corners, axis=0).T) > 1e-9
+        if not moved.any():
+            raise TrackError("a line needs at least 2 different points")
+        corners = np.vstack((corners[:1], corners[1:][moved]))
+        along = np.concatenate(([0.0], np.cumsum(np.hypot(*np.diff(corners, axis=0).T))))
+        return cls(corners[:-1] if loop else corners, loop, along, float(along[-1]), corners)
 
     def at(self, s: float | np.ndarray) -> np.ndarray:
         """(..., 2) point at `s` m along; a loop wraps round, an open line stops at its ends."""
-        index, t = self._locate(s)
-        vector = self._segments[2:4].T[index]
-        return self.points[index] + (t * vector if isinstance(t, float) else t[..., None] * vector)
+        s = np.mod(s, self.length) if self.loop else s
+        return np.stack([np.interp(s, self.along, xy) for xy in self.corners.T], axis=-1)
 
     def heading(self, s: float | np.ndarray) -> np.ndarray:
         """(...) rad, direction of travel at `s` m: the chord from HEADING_M behind to HEADING_M ahead."""
@@ -67,45 +65,25 @@ class Line:
         return np.arctan2(chord[..., 1], chord[..., 0])
 
     def project(
-        self, point: np.ndarray | tuple[float, float], near: int | None = None, window_m: float = 2.0
+        self, point: np.ndarray | tuple[float, float], near: float | None = None, window_m: float = 2.0
     ) -> tuple[float, float, int]:
         """The nearest point of the line: (m along, m to the left of it, index of its segment).
 
-        With `near`, an index returned before, only segments within `window_m` along of it are looked at.
+        With `near`, m along, what lies more than `window_m` along from there counts as further away, by half
+        of the difference.
         """
-        px, py = float(point[0]), float(point[1])
-        x, y, dx, dy, length, inverse = self._segments
-        ex, ey = px - x, py - y
-        t = (ex * dx + ey * dy) * inverse
-        t = np.minimum(np.maximum(t, 0.0), 1.0)
-        fx, fy = ex - t * dx, ey - t * dy
-        square = fx * fx + fy * fy
+        to, vectors, lengths = point - self.corners[:-1], np.diff(self.corners, axis=0), np.diff(self.along)
+        t = ((to * vectors).sum(1) / lengths**2).clip(0.0, 1.0)
+        off = np.hypot(*(to - t[:, None] * vectors).T)
+        s = self.along[:-1] + t * lengths
+        cost = off
         if near is not None:
-            square = np.where(self._within(near, window_m), square, np.inf)
-        i = int(square.argmin())
-        left = dx[i] * ey[i] - dy[i] * ex[i]
-        s = float(self.along[i] + t[i] * length[i])
-        return s % self.length if self.loop else s, math.copysign(math.sqrt(square[i]), left), i
-
-    def _within(self, near: int, window_m: float) -> np.ndarray:
-        length = self._segments[4]
-        middle = self.along[: len(length)] + length / 2
-        apart = np.abs(middle - middle[near])
-        if self.loop:
-            apart = np.minimum(apart, self.length - apart)
-        return apart <= window_m + (length + length[near]) / 2
-
-    def _locate(self, s: float | np.ndarray) -> tuple[int | np.ndarray, float | np.ndarray]:
-        """Segment and share of it; plain numbers for a plain number, which is ten times as fast."""
-        lengths = self._segments[4]
-        if isinstance(s, (float, int)):
-            s = float(s % self.length if self.loop else min(max(s, 0.0), self.length))
-            i = min(bisect_right(self.along, s), len(lengths)) - 1
-            return i, float(min((s - self.along[i]) / lengths[i], 1.0))
-        s = np.asarray(s, np.float64)
-        s = s % self.length if self.loop else np.clip(s, 0.0, self.length)
-        index = np.minimum(np.searchsorted(self.along, s, side="right"), len(lengths)) - 1
-        return index, np.minimum((s - self.along[index]) / lengths[index], 1.0)
+            apart = np.abs(s - near)
+            apart = np.minimum(apart, self.length - apart) if self.loop else apart
+            cost = off + np.maximum(apart - window_m, 0.0) / 2
+        i = int(cost.argmin())
+        left = vectors[i, 0] * to[i, 1] - vectors[i, 1] * to[i, 0]
+        return float(s[i] % self.length if self.loop else s[i]), math.copysign(off[i], left), i
 
 
 def read_csv(
@@ -117,300 +95,198 @@ def read_csv(
     Raises TrackError with file, line, cause and remedy.
     """
     for name, value in (("length", length_m), ("width", width_m)):
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is not None and not 0 < value < math.inf:
             raise TrackError(f"{path}: the {name} must be a positive number of metres, not {value}")
-    rows = _csv_rows(Path(path), widths=width_m is None)
-    points = rows[:, :2]
-    keep = np.concatenate(([True], np.any(np.diff(points, axis=0) != 0, axis=1)))
-    keep[-1] &= bool(np.any(points[-1] != points[0]))  # some files repeat the first point
-    points = points[keep]
-    if len(points) < 4:
-        raise TrackError(f"{path}: {len(points)} different points; a closed track needs at least 4")
-    scale = 1.0 if length_m is None else length_m / Line.from_points(points, True).length
-    return points * scale, width_m or float(np.median(rows[:, 2:].sum(axis=1))) * scale
-
-
-def _csv_rows(path: Path, widths: bool) -> np.ndarray:
-    """(n, 4) x, y, right, left, or (n, 2) without widths."""
     try:
-        if path.stat().st_size > MAX_CSV_BYTES:
-            raise TrackError(f"{path}: larger than {MAX_CSV_BYTES} bytes; this is not a centre line")
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise TrackError(f"{path}: not found; give the path of a centre-line CSV") from None
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TrackError(f"{path}: cannot be read as text: {error}") from None
-    names = ["x_m", "y_m"] + ["w_tr_right_m", "w_tr_left_m"] * widths
-    columns: list[int] | None = None
+        raise TrackError(f"{path}: cannot be read as a centre-line CSV: {error}") from None
+    names = ["x_m", "y_m"] + ["w_tr_right_m", "w_tr_left_m"] * (width_m is None)
+    columns: list[int] = []
     rows: list[list[float]] = []
     for number, line in enumerate(lines, 1):
         cells = [c.strip() for c in line.lstrip("# \t").split(",")]
-        if columns is None and set(names[:2]) & set(cells):
-            missing = [n for n in names if n not in cells]
+        if not columns and {"x_m", "y_m"} & set(cells):
+            missing = ", ".join(n for n in names if n not in cells)
             if missing:
-                hint = "" if set(missing) & set(names[:2]) else ", or give --width"
-                raise TrackError(f"{path}:{number}: no column {', '.join(missing)}; add it{hint}")
+                raise TrackError(f"{path}:{number}: no column {missing}; add it, or --width for widths")
             columns = [cells.index(n) for n in names]
         elif line.strip() and not line.lstrip().startswith("#"):
-            if columns is None:
+            rows.append(_numbers(cells, columns))
+            if not columns:
                 raise TrackError(f"{path}:{number}: begin with '# x_m,y_m,w_tr_right_m,w_tr_left_m'")
-            if len(rows) >= MAX_POINTS:
-                raise TrackError(f"{path}:{number}: more than {MAX_POINTS} points; keep every tenth")
-            rows.append(_csv_row(cells, columns, names, f"{path}:{number}"))
-    if len(rows) < 4:
-        raise TrackError(f"{path}: {len(rows)} points; a closed track needs at least 4")
-    return np.array(rows)
+            if not rows[-1]:
+                raise TrackError(
+                    f"{path}:{number}: {line.strip()[:80]!r} is not {', '.join(names)}: finite numbers, "
+                    "no negative widths; correct or delete the line"
+                )
+    if len({(x, y) for x, y, *_ in rows}) < 4:
+        raise TrackError(f"{path}: {len(rows)} points; a closed track needs at least 4 different ones")
+    table = np.array(rows)
+    track = Line.from_points(table[:, :2], True)
+    scale = (length_m or track.length) / track.length
+    return track.points * scale, width_m or float(np.median(table[:, 2:].sum(axis=1))) * scale
 
 
-def _csv_row(cells: list[str], columns: list[int], names: list[str], where: str) -> list[float]:
-    row = []
-    for column, name in zip(columns, names, strict=True):
-        if column >= len(cells):
-            raise TrackError(f"{where}: {len(cells)} columns, {name} is missing; complete or delete the line")
-        try:
-            value = float(cells[column])
-        except ValueError:
-            raise TrackError(f"{where}: {name} = {cells[column]!r} is not a number; correct it") from None
-        low = -1e6 if name in ("x_m", "y_m") else 0.0
-        if not low <= value <= 1e6:
-            raise TrackError(f"{where}: {name} = {cells[column]} is not in {low:g} ... 1e6; correct it")
-        row.append(value)
-    return row
+def _numbers(cells: list[str], columns: list[int]) -> list[float]:
+    """x, y and maybe widths of one line; empty if they are not usable."""
+    try:
+        row = [float(cells[c]) for c in columns]
+    except (ValueError, IndexError):
+        return []
+    return row if all(abs(v) <= 1e6 for v in row) and min(row[2:], default=0.0) >= 0 else []
 
 
 def resample(polyline: np.ndarray, spacing: float, loop: bool) -> np.ndarray:
     """(m, 2) evenly spaced points of a smooth curve through (n, 2): Catmull-Rom over chord lengths."""
-    points = _distinct(polyline, loop)
-    line = Line.from_points(points, loop)
-    if len(points) > 2:
-        line = Line.from_points(_cubic(line, spacing), loop)
-    count = max(3 if loop else 1, round(line.length / spacing))
-    return line.at(np.linspace(0.0, line.length, count + (not loop), endpoint=not loop))
-
-
-def _cubic(line: Line, spacing: float) -> np.ndarray:
-    _, _, dx, dy, length, _ = line._segments
-    h = length[:, None]
-    vectors = np.stack((dx, dy), axis=1)
-    if line.loop:
-        tangents = (vectors + np.roll(vectors, 1, axis=0)) / (h + np.roll(h, 1, axis=0))
-        p1, m1 = np.roll(line.points, -1, axis=0), np.roll(tangents, -1, axis=0)
-    else:
-        inner = (vectors[1:] + vectors[:-1]) / (h[1:] + h[:-1])
-        tangents = np.vstack((vectors[:1] / h[:1], inner, vectors[-1:] / h[-1:]))
-        p1, m1 = line.points[1:], tangents[1:]
-    p0, m0 = line.points[: len(p1)], tangents[: len(p1)]
-    pieces = int(np.clip(math.ceil(4 * length.max() / spacing), 4, 64))
-    t = (np.arange(pieces) / pieces)[None, :, None]
-    a, b, c, d = 2 * t**3 - 3 * t**2 + 1, t**3 - 2 * t**2 + t, 3 * t**2 - 2 * t**3, t**3 - t**2
-    m0, m1 = (m0 * h)[:, None], (m1 * h)[:, None]
-    dense = (a * p0[:, None] + b * m0 + c * p1[:, None] + d * m1).reshape(-1, 2)
-    return dense if line.loop else np.vstack((dense, p1[-1:]))
+    line = Line.from_points(polyline, loop)
+    corners, along = line.corners, line.along[:, None]
+    before, after = (-2, 1) if loop else (0, -1)  # the neighbours of the ends
+    wrap = line.length if loop else 0.0
+    points = np.vstack((corners[before], corners, corners[after]))
+    knots = np.vstack((along[before] - wrap, along, along[after] + wrap))
+    tangents = (points[2:] - points[:-2]) / (knots[2:] - knots[:-2])
+    s = np.linspace(0.0, line.length, 4 * math.ceil(line.length / spacing) + 4 * len(corners))
+    i = np.minimum(np.searchsorted(line.along, s, side="right"), len(corners) - 1) - 1
+    h = along[i + 1] - along[i]
+    t = (s[:, None] - along[i]) / h
+    chord = corners[i + 1] - corners[i]
+    bend = (1 - t) * (h * tangents[i] - chord) - t * (h * tangents[i + 1] - chord)
+    curve = Line.from_points(corners[i] + t * chord + t * (1 - t) * bend, False)
+    count = max(3 if loop else 1, round(curve.length / spacing))
+    return curve.at(np.linspace(0.0, curve.length, count + (not loop), endpoint=not loop))
 
 
 def walls(centerline: np.ndarray, width_m: float, loop: bool = True) -> list[np.ndarray]:
-    """Closed polylines (k, 2) around the union of discs of radius `width_m` / 2 along (n, 2), longest first.
+    """Closed polylines (k, 2) around the union of discs of radius `width_m` / 2 along (n, 2), longest first,
+    the corridor on their left.
 
+    Both sides of the line are offset; what comes closer to another part of it is dropped; ends are joined.
     Raises TrackError where that corridor joins stretches more than 10 m apart along the track.
     """
-    if not (math.isfinite(width_m) and width_m > 0):
+    if not 0 < width_m < math.inf:
         raise TrackError(f"the width of a course must be a positive number of metres, not {width_m}")
     line = Line.from_points(centerline, loop)
-    radius = width_m / 2
-    low = line.points.min(axis=0) - radius
-    extent = line.points.max(axis=0) + radius - low
-    between = _refuse_joined(line, width_m)
-    cell = max(min(CELL_M, radius / 8, between / 2), radius / 200, math.sqrt(extent.prod() / MAX_NODES))
-    if cell > radius / 4:
-        raise TrackError(f"{line.length:.0f} m is too long for a width of {width_m:g} m; shorten --length")
-    origin = low - 3 * cell
-    field = _distances(line, origin, np.ceil(extent / cell).astype(int) + 7, cell, radius + 2 * cell)
-    contours = [_simplify(origin + cell * c, SIMPLIFY_M) for c in _contours(field - radius)]
-    contours = [c for c in contours if len(c) > 2 and _perimeter(c) > 4 * cell]
-    return sorted(contours, key=_perimeter, reverse=True)
+    _refuse_joined(line, width_m)
+    step = max(WALL_STEP_M, line.length / 10_000)
+    back = line.points[::-1]
+    runs: list[np.ndarray] = []
+    for side in [line.points, back] if loop else [np.vstack((line.points, back[1:-1]))]:
+        offset = _right_of(side, width_m / 2, step)
+        nearest = np.full(len(offset), np.inf)
+        for a, b in zip(line.corners[:-1], line.corners[1:], strict=True):
+            nearest = np.minimum(nearest, _off_chord(offset, a, b))
+        kept = offset[nearest > width_m / 2 - 1e-4]
+        breaks = np.flatnonzero(np.hypot(*(np.roll(kept, -1, axis=0) - kept).T) > 4 * step)
+        kept = np.roll(kept, -1 - breaks[0], axis=0) if len(breaks) else kept
+        runs += np.split(kept, breaks[1:] - breaks[:1])
+    runs = [run for run in runs if len(run)]
+    closed = []
+    while runs:
+        chain = [runs.pop()]
+        while True:
+            starts = np.array([chain[0][0], *(run[0] for run in runs)])
+            nearest_start = int(np.hypot(*(starts - chain[-1][-1]).T).argmin())
+            if nearest_start == 0:
+                break
+            chain.append(runs.pop(nearest_start - 1))
+        closed.append(Line.from_points(np.vstack(chain), True))
+    closed = [c for c in closed if c.length > 8 * step]
+    return [_thin(c.corners)[:-1] for c in sorted(closed, key=lambda c: -c.length)]
 
 
-def _refuse_joined(line: Line, width_m: float) -> float:
-    """How thick (m) the thinnest wall between two stretches is."""
-    gap, s1, s2 = _closest(line, APART_M)
-    room = width_m + THIN_M
-    if gap >= room:
-        return gap - width_m
-    (x1, y1), (x2, y2) = line.at(s1), line.at(s2)
-    cause = (
-        f"the course joins itself: at {s1:.1f} m along ({x1:.1f}, {y1:.1f}) and at {s2:.1f} m "
-        f"({x2:.1f}, {y2:.1f}) it is only {gap:.2f} m apart, too little for a width of {width_m:g} m"
-    )
-    length, remedies, narrow = line.length, [], math.floor(10 * (gap - THIN_M)) / 10
-    for _ in range(20):  # a longer course has more pairs of stretches beyond 10 m
-        if gap < 0.01 * width_m:
-            break
-        length = math.ceil(length * max(1.01 * room / gap, 1.005))
-        gap = _closest(line, APART_M * line.length / length)[0] * length / line.length
-        if gap >= room:
-            remedies.append(f"--length {length} or more")
-            break
-    if narrow > 0:
-        remedies.append(f"--width {narrow:g} or less")
-    raise TrackError(f"{cause}; use {' or '.join(remedies) or 'a track that does not cross itself'}")
+def _right_of(closed: np.ndarray, radius: float, step: float) -> np.ndarray:
+    """(m, 2) points `radius` to the right of a closed polyline, about `step` apart, round outer bends."""
+    vectors = np.roll(closed, -1, axis=0) - closed
+    headings = np.arctan2(vectors[:, 1], vectors[:, 0])
+    turns = math.pi - (headings - np.roll(headings, -1) + math.pi + 1e-9) % (2 * math.pi)  # back is left
+    offset = []
+    for start, vector, heading, turn in zip(closed, vectors, headings, turns, strict=True):
+        pieces = math.ceil(math.hypot(*vector) / step)
+        fan = 2 + int(turn * radius / step) if turn > 0 else 0
+        middles = start + vector * ((np.arange(pieces) + 0.5) / pieces)[:, None]
+        base = np.vstack((middles, np.tile(start + vector, (fan, 1))))
+        angle = heading + np.concatenate((np.zeros(pieces), turn * np.linspace(0.0, 1.0, fan)))
+        offset.append(base + radius * np.stack((np.sin(angle), -np.cos(angle)), axis=1))
+    return np.vstack(offset)
 
 
-def _closest(line: Line, apart_m: float) -> tuple[float, float, float]:
-    """The least distance of two points more than `apart_m` apart along the line, and where they are."""
-    count = int(np.clip(math.ceil(line.length / 0.05), 16, 4000))
+def _off_chord(points: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(k,) distances of (k, 2) points from the segment a-b."""
+    to, chord = points - a, b - a
+    t = (to @ chord / max(float(chord @ chord), 1e-12)).clip(0.0, 1.0)
+    return np.hypot(*(to - t[:, None] * chord).T)
+
+
+def _thin(points: np.ndarray) -> np.ndarray:
+    """Without the points within WALL_TOLERANCE_M of the rest (Douglas-Peucker)."""
+    closed = np.array_equal(points[0], points[-1])
+    off = np.hypot(*(points - points[0]).T) if closed else _off_chord(points, points[0], points[-1])
+    k = int(off.argmax())
+    if off[k] <= WALL_TOLERANCE_M:
+        return points[[0, -1]]
+    return np.vstack((_thin(points[: k + 1])[:-1], _thin(points[k:])))
+
+
+def _refuse_joined(line: Line, width_m: float) -> None:
+    count = int(np.clip(math.ceil(line.length / 0.05), 16, 2000))
     s = np.linspace(0.0, line.length, count, endpoint=not line.loop)
-    points = line.at(s)
-    best = (math.inf, 0.0, 0.0)
-    for first in range(0, count, 256):
-        block = slice(first, first + 256)
-        apart = np.abs(s[block, None] - s[None, :])
-        if line.loop:
-            apart = np.minimum(apart, line.length - apart)
-        square = ((points[block, None] - points[None, :]) ** 2).sum(axis=2)
-        square[apart <= apart_m] = np.inf
-        i, j = np.unravel_index(int(square.argmin()), square.shape)
-        if square[i, j] < best[0] ** 2:
-            best = (math.sqrt(square[i, j]), float(s[first + i]), float(s[j]))
-    return best
-
-
-def _distances(line: Line, origin: np.ndarray, shape: np.ndarray, cell: float, reach: float) -> np.ndarray:
-    """(nx, ny) distance of each grid node to the line, up to `reach`; further nodes hold more than that."""
-    field = np.full(tuple(shape), 2 * reach)
-    x = origin[0] + cell * np.arange(shape[0])
-    y = origin[1] + cell * np.arange(shape[1])
-    ends = np.roll(line.points, -1, axis=0) if line.loop else line.points[1:]
-    for a, b in zip(line.points, ends, strict=False):
-        pieces = max(1, math.ceil(float(np.abs(b - a).max())))  # small windows
-        for k in range(pieces):
-            p, v = a + (b - a) * (k / pieces), (b - a) / pieces
-            first = np.floor((np.minimum(p, p + v) - reach - origin) / cell).astype(int).clip(0)
-            last = np.ceil((np.maximum(p, p + v) + reach - origin) / cell).astype(int) + 1
-            ex, ey = x[first[0] : last[0], None] - p[0], y[None, first[1] : last[1]] - p[1]
-            t = np.clip((ex * v[0] + ey * v[1]) / (v @ v), 0.0, 1.0)
-            window = field[first[0] : last[0], first[1] : last[1]]
-            np.minimum(window, np.hypot(ex - t * v[0], ey - t * v[1]), out=window)
-    return field
-
-
-# Marching squares: bit k of a cell's case is set when its corner k is inside; corners and edges go round
-# counter-clockwise from the lower left corner and the lower edge. Pairs of edges, inside on the left.
-_CASES = (
-    (), ((0, 3),), ((1, 0),), ((1, 3),), ((2, 1),), ((0, 3), (2, 1)), ((2, 0),), ((2, 3),),
-    ((3, 2),), ((0, 2),), ((1, 0), (3, 2)), ((1, 2),), ((3, 1),), ((0, 1),), ((3, 0),), (),
-)  # fmt: skip
-
-
-def _contours(field: np.ndarray) -> list[np.ndarray]:
-    """Closed zero contours (k, 2) of a (nx, ny) grid, in cells, inside (negative) on the left."""
-    nx, ny = field.shape
-    inside = field < 0
-    case = inside[:-1, :-1] + 2 * inside[1:, :-1] + 4 * inside[1:, 1:] + 8 * inside[:-1, 1:]
-    cells = np.argwhere((case > 0) & (case < 15))  # (m, 2)
-    case = case[cells[:, 0], cells[:, 1]]
-    node = cells[:, 0] * ny + cells[:, 1]
-    # edges by number: 2 * node is the one along x from that node, 2 * node + 1 the one along y
-    edges = np.stack((2 * node, 2 * (node + ny) + 1, 2 * (node + 1), 2 * node + 1), axis=1)
-    follow: dict[int, int] = {}
-    for value, pairs in enumerate(_CASES):
-        for a, b in pairs:
-            follow.update(edges[case == value][:, [a, b]].tolist())
-    contours = []
-    while follow:
-        first, edge = follow.popitem()
-        loop = [first]
-        while edge != first:
-            loop.append(edge)
-            edge = follow.pop(edge)
-        contours.append(_crossings(field, np.array(loop)))
-    return contours
-
-
-def _crossings(field: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    ny = field.shape[1]
-    i, j = np.divmod(edges // 2, ny)
-    along_y = edges % 2
-    a, b = field[i, j], field[i + 1 - along_y, j + along_y]
-    t = a / (a - b)
-    return np.stack((i + t * (1 - along_y), j + t * along_y), axis=1)
-
-
-def _simplify(closed: np.ndarray, tolerance: float) -> np.ndarray:
-    """Douglas-Peucker on a closed polyline (k, 2)."""
-    far = int(np.argmax(((closed - closed[0]) ** 2).sum(axis=1)))
-    points = np.vstack((closed, closed[:1]))
-    keep = np.zeros(len(points), bool)
-    keep[[0, far, -1]] = True
-    stack = [(0, far), (far, len(points) - 1)]
-    while stack:
-        a, b = stack.pop()
-        if b - a < 2:
-            continue
-        e, v = points[a + 1 : b] - points[a], points[b] - points[a]
-        t = np.clip(e @ v / max(float(v @ v), 1e-12), 0.0, 1.0)
-        off = np.hypot(*(e - t[:, None] * v).T)
-        k = int(off.argmax())
-        if off[k] > tolerance:
-            keep[a + 1 + k] = True
-            stack += [(a, a + 1 + k), (a + 1 + k, b)]
-    return points[:-1][keep[:-1]]
-
-
-def _perimeter(closed: np.ndarray) -> float:
-    return float(np.hypot(*(np.roll(closed, -1, axis=0) - closed).T).sum())
-
-
-def _distinct(points: np.ndarray, loop: bool) -> np.ndarray:
-    points = np.asarray(points, np.float64)
-    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
-        raise TrackError(f"a line is (n, 2) finite numbers in m, not an array of shape {points.shape}")
-    keep = np.ones(len(points), bool)
-    keep[1:] = np.hypot(*np.diff(points, axis=0).T) > 1e-9
-    points = points[keep]
-    if loop and len(points) > 1 and np.hypot(*(points[0] - points[-1])) <= 1e-9:
-        points = points[:-1]
-    if len(points) < 2:
-        raise TrackError("a line needs at least 2 different points")
-    return points
+    apart = np.abs(s[:, None] - s)
+    apart = np.minimum(apart, line.length - apart) if line.loop else apart
+    x, y = line.at(s).T
+    gaps = np.hypot(x[:, None] - x, y[:, None] - y)
+    room, scale = width_m + THIN_M, 1.0
+    far = np.where(apart > APART_M, gaps, np.inf)
+    worst = int(far.argmin())
+    gap = float(far.flat[worst])
+    if gap >= room:
+        return
+    remedies = []
+    if gap > 0.01 * width_m:
+        while (joined := (apart * scale > APART_M) & (gaps * scale < room)).any():
+            scale = 1.01 * room / max(float(gaps[joined].min()), 1e-3)
+        remedies.append(f"--length {math.ceil(scale * line.length)} or more")
+    if gap - THIN_M >= 0.1:
+        remedies.append(f"--width {math.floor(10 * (gap - THIN_M)) / 10:g} or less")
+    s1, s2 = s[[*divmod(worst, count)]]
+    (x1, y1), (x2, y2) = line.at(s1), line.at(s2)
+    raise TrackError(
+        f"the course joins itself: at {s1:.1f} m along ({x1:.1f}, {y1:.1f}) and at {s2:.1f} m ({x2:.1f}, "
+        f"{y2:.1f}) it is only {gap:.2f} m apart, too little for a width of {width_m:g} m; "
+        f"use {' or '.join(remedies) or 'a track that does not cross itself'}"
+    )
 
 
 def find_loop(positions: np.ndarray, hz: float, close_m: float = RADIUS_M) -> tuple[int, int]:
-    """(start, stop): `positions[start:stop]`, of (n, 2) at `hz`, is one lap, the cleanest of several.
+    """(start, stop): `positions[start:stop]`, of (n, 2) at `hz`, is one lap: of several the quickest, which
+    did not stop or crash, and that closes well.
 
     A lap comes back to within `close_m` of where it began, going the same way, after 5 m or more.
     Raises TrackError when the drive never closes.
     """
-    positions = np.asarray(positions, np.float64)
-    kept = _moved(positions, STEP_M)
-    points = positions[kept]
+    kept = _moved(np.asarray(positions, np.float64), STEP_M)
+    points = np.asarray(positions, np.float64)[kept]
     if len(points) * STEP_M < LAP_M:
         raise TrackError(f"the drive is only {len(points) * STEP_M:.1f} m long; drive a whole lap and a bit")
-    steps = np.diff(points, axis=0)
-    along = np.concatenate(([0.0], np.cumsum(np.hypot(steps[:, 0], steps[:, 1]))))
-    headings = np.arctan2(steps[:, 1], steps[:, 0])[np.minimum(np.arange(len(points)), len(steps) - 1)]
-    turns = np.abs((np.diff(headings) + math.pi) % (2 * math.pi) - math.pi)
-    turned = np.concatenate(([0.0], np.cumsum(turns)))
-    laps = []  # start, stop, length, how unclean
-    for i in range(0, len(points), 1 + len(points) // MAX_STARTS):
-        after = slice(i, i + MAX_STARTS)
-        back = (along[after] - along[i] >= LAP_M) & (np.cos(headings[after] - headings[i]) > 0.5)
-        later = i + np.flatnonzero(back)
-        gaps = np.hypot(points[later, 0] - points[i, 0], points[later, 1] - points[i, 1])
-        close = np.flatnonzero(gaps < close_m)
-        if len(close):  # the first time back, where it is closest
-            close = close[along[later[close]] < along[later[close[0]]] + 2 * close_m]
-            k = int(close[gaps[close].argmin()])
-            j = int(later[k])
-            # needless turns, as after a crash, and standing still make a lap less clean
-            unclean = turned[j] - turned[i] + 4 * gaps[k] + (kept[j] - kept[i]) / hz / 4
-            laps.append((i, j, along[j] - along[i], unclean))
+    ways = np.diff(points, axis=0, append=points[-1:] * 2 - points[-2:-1])
+    lengths = np.hypot(*ways.T)
+    ways /= lengths[:, None]
+    along = np.cumsum(lengths) - lengths
+    laps = []  # start, stop, length, s it took and what its gap counts as
+    for i in range(len(points) - 1):
+        gaps = np.hypot(*(points - points[i]).T)
+        back = np.flatnonzero((along - along[i] >= LAP_M) & (ways @ ways[i] > 0.5) & (gaps < close_m))
+        if len(back):  # the first time back, where it is closest
+            back = back[along[back] < along[back[0]] + 2 * close_m]
+            j = int(back[gaps[back].argmin()])
+            laps.append((kept[i], kept[j], along[j] - along[i], (kept[j] - kept[i]) / hz + 10 * gaps[j]))
     if not laps:
         apart = float(np.hypot(*(points[-1] - points[0])))
         raise TrackError(f"the drive never closes: it ends {apart:.1f} m from its start; drive on past it")
     found = np.array(laps)
     usual = np.abs(found[:, 2] / np.median(found[:, 2]) - 1) < 0.3  # going back and forth is no lap
-    start, stop = found[np.where(usual, found[:, 3], np.inf).argmin(), :2].astype(int)
-    return int(kept[start]), int(kept[stop])
+    start, stop = found[np.where(usual, found[:, 3], np.inf).argmin(), :2]
+    return int(start), int(stop)
 
 
 def lap_line(lap: np.ndarray, spacing: float = STEP_M) -> np.ndarray:
@@ -420,29 +296,22 @@ def lap_line(lap: np.ndarray, spacing: float = STEP_M) -> np.ndarray:
     if len(lap) < 8:
         raise TrackError(f"a lap of {len(lap)} positions is too short to follow")
     # the end meets the start over the last quarter, not with a step
-    blend = np.clip(np.linspace(-3.0, 1.0, len(lap)), 0.0, 1.0)[:, None]
-    tangent = lap[1] - lap[0]
-    gap = lap[0] - lap[-1]
-    sideways = gap - tangent * (gap @ tangent) / max(float(tangent @ tangent), 1e-12)
-    line = Line.from_points(lap + blend * sideways, True)
+    blend = np.linspace(-3.0, 1.0, len(lap)).clip(0.0, 1.0)[:, None]
+    line = Line.from_points(lap + blend * (lap[0] - lap[-1]), True)
     count = max(16, round(line.length / 0.05))
-    points = line.at(np.arange(count) * (line.length / count))
-    window = max(1, round(SMOOTH_M / line.length * count)) // 2
-    for _ in range(2):  # twice a moving average: a triangular one
-        wrapped = np.vstack((points[-window:], points, points[:window])) if window else points
-        sums = np.cumsum(np.vstack((np.zeros((1, 2)), wrapped)), axis=0)
-        points = (sums[2 * window + 1 :] - sums[: -2 * window - 1]) / (2 * window + 1)
-    return resample(points, spacing, True)
+    x, y = line.at(np.arange(count) * (line.length / count)).T
+    low_pass = np.exp(-2.0 * (math.pi * SMOOTH_M * np.fft.fftfreq(count, line.length / count)) ** 2)
+    smooth = np.fft.ifft(np.fft.fft(x + 1j * y) * low_pass)
+    return resample(np.stack((smooth.real, smooth.imag), axis=1), spacing, True)
 
 
 def _moved(positions: np.ndarray, step_m: float) -> np.ndarray:
     """Indices at least `step_m` from the one before: standing still and its noise drop out."""
     kept: list[int] = []
-    x = y = math.inf
-    for i, (px, py) in enumerate(positions.tolist()):
-        if not kept or math.hypot(px - x, py - y) >= step_m:
+    places = positions.tolist()
+    for i, place in enumerate(places):
+        if not kept or math.dist(place, places[kept[-1]]) >= step_m:
             kept.append(i)
-            x, y = px, py
     return np.array(kept, int)
 
 
@@ -455,100 +324,54 @@ def place_checkpoints(
 ) -> tuple[np.ndarray, float]:
     """Checkpoints (c, 2) on a driven line (n, 2), in order, and their radius in m.
 
-    Placed by dynamic programming where they say most: the way straight to the next one keeps to the
-    driven line and to its direction. The first lies ahead of the start (of the centre line, where there
-    is one). Without `count` there are 4 to 8, as few as keep the straight way inside the corridor. With
-    a width none can be driven past inside it.
+    Placed by dynamic programming such that the way straight to the next one keeps to the driven line. The
+    first lies ahead of the start (of the centre line, where there is one). Without `count` there are 4 to 8,
+    as few as keep the straight way inside the corridor. With a width none can be driven past inside it.
     """
     if count is not None and not 2 <= count <= 50:
         raise TrackError(f"{count} checkpoints; a course takes 2 to 50, and 4 to 8 are usual")
     driven = Line.from_points(line, loop)
+    middle = driven if centerline is None else Line.from_points(centerline, loop)
     free = RADIUS_M if width_m is None else width_m / 2
     radius = RADIUS_M if width_m is None else free + MARGIN_M
-    middle = driven if centerline is None else Line.from_points(centerline, loop)
-    size = int(np.clip(2 * driven.length, 64, 128))  # places to choose from
-    s = np.linspace(0.0, driven.length, size, endpoint=not loop)
-    cost = _leg_costs(driven, s, radius, free)
+    step = driven.length / PLACES
+    points = driven.at(step * np.arange(2 * PLACES if loop else PLACES + 1))  # of a loop two rounds
+    cost, stray = np.full((2, len(points), len(points)), np.inf)
+    for i in range(len(points) - 1):
+        after = slice(i + 1, i + PLACES + 1)
+        to = (points[after] - points[i]).T  # (2, k): places on the way, and ends of the chord
+        t = (to.T @ to / np.maximum((to**2).sum(0), 1e-9)).clip(0.0, 1.0)  # (place, end)
+        off = np.triu(np.hypot(*(to[:, :, None] - t * to[:, None, :])))
+        cost[i, after], stray[i, after] = (off**4).sum(0), off.max(0)
+    ahead = step * (np.arange(len(points)) - np.arange(len(points))[:, None])
     for tried in [count] if count else range(CHECKPOINTS[0], CHECKPOINTS[1] + 1):
-        crowded = _ahead(driven, s) < min(2 * radius, driven.length / (2 * tried))
-        chosen = s[_cheapest(np.where(crowded, np.inf, cost), tried, loop)]
-        if _strays(driven, chosen) < free:
+        legs = np.where(ahead < min(2 * radius, driven.length / (2 * tried)), np.inf, cost)
+        ways = [_cheapest(legs, tried, first) for first in range(PLACES if loop else 1)]
+        places = min(ways)[1]
+        if max(stray[a, b] for a, b in zip(places[:-1], places[1:], strict=True)) < free:
             break
+    s = step * np.array(places[1:])
     if loop:
-        start = driven.project(middle.points[0])[0]
-        chosen = np.roll(chosen, -int(((chosen - start - radius) % driven.length).argmin()))
-    points = driven.at(chosen)
+        ahead_of_start = (s - driven.project(middle.points[0])[0] - radius) % driven.length
+        s = np.roll(s, -int(ahead_of_start.argmin()))
+    chosen = driven.at(s)
     if width_m is not None:  # off the middle, the further wall is further away
-        radius += max(abs(middle.project(p)[1]) for p in points)
-    return points, math.ceil(20 * radius - 1e-6) / 20
+        radius += max(abs(middle.project(p)[1]) for p in chosen)
+    return chosen, math.ceil(20 * radius - 1e-6) / 20
 
 
-def _ahead(line: Line, s: np.ndarray) -> np.ndarray:
-    """(m, m) m from place i forward to place j; on an open line negative where j lies behind."""
-    ahead = s[None, :] - s[:, None]
-    return ahead % line.length if line.loop else ahead
-
-
-def _leg_costs(line: Line, s: np.ndarray, radius: float, free: float) -> np.ndarray:
-    """(m, m) what a leg from checkpoint i to j costs, in m: how badly the way straight to j serves there.
-
-    Summed along the leg: 1 - cos of the angle between that way and the line, until j's radius, where the
-    next one takes over; and how far the line leaves the chord from i to j, in free widths squared. Then
-    what is skipped when j is reached early, from a stretch beside it.
-    """
-    points, ahead, step = line.at(s), _ahead(line, s), float(s[1] - s[0])
-    headings = line.heading(s)
-    to = points[None, :] - points[:, None]  # (m, m, 2) from q to j
-    distance = np.hypot(to[..., 0], to[..., 1])
-    along = to[..., 0] * np.cos(headings)[:, None] + to[..., 1] * np.sin(headings)[:, None]
-    missed = np.where(ahead >= radius, 1.0 - along / np.maximum(distance, 1e-9), 0.0)  # (q, j)
-    reach = radius + free
-    skipped = np.where((distance < reach) & (ahead > 1.6 * reach), ahead, 0.0)
-    size = len(s)
-    cost = np.full((size, size), np.inf)
-    for j in range(size):
-        before = (j - np.arange(1, size)) % size if line.loop else np.arange(j - 1, -1, -1)
-        x, y = to[before, j].T  # from place q, and also the chord from i; (i, q) below
-        t = np.clip((x[:, None] * x + y[:, None] * y) / np.maximum(x * x + y * y, 1e-9)[:, None], 0.0, 1.0)
-        off = (x - t * x[:, None]) ** 2 + (y - t * y[:, None]) ** 2
-        strayed = np.tril(off**2).sum(axis=1) / free**4
-        cost[before, j] = step * (np.cumsum(missed[before, j]) + strayed)
-        cost[before, j] += np.maximum.accumulate(skipped[before, j])
-    return cost
-
-
-def _cheapest(cost: np.ndarray, count: int, loop: bool) -> np.ndarray:
-    """(count,) places in order whose legs cost least in sum: from the last to the first in a loop, else
-    from place 0, which is no checkpoint, to the last place."""
-    size, best, chosen = len(cost), math.inf, np.zeros(0, int)
-    for first in range(size - count + 1) if loop else [0]:
-        legs = np.where(np.tri(size - first, dtype=bool), np.inf, cost[first:, first:])
-        total = np.where(np.arange(size - first) == 0, 0.0, np.inf)  # of the best way here
-        came = []
-        for _ in range(count - loop):
-            ways = total[:, None] + legs
-            came.append(ways.argmin(axis=0))
-            total = ways.min(axis=0)
-        if loop:
-            total = total + cost[first:, first]
-        last = int(total.argmin()) if loop else size - 1
-        if total[last] < best:
-            best, places = float(total[last]), [last]
-            for step in reversed(came):
-                places.append(int(step[places[-1]]))
-            chosen = first + np.array(places[::-1][0 if loop else 1 :])
-    return chosen
-
-
-def _strays(line: Line, chosen: np.ndarray) -> float:
-    """How far (m) the line leaves the straight way between checkpoints at `chosen` m along."""
-    starts = np.roll(chosen, 1) if line.loop else np.concatenate(([0.0], chosen[:-1]))
-    most = 0.0
-    for a, b in zip(starts, chosen, strict=True):
-        between = line.at(a + np.linspace(0.0, 1.0, 50) * ((b - a) % line.length if line.loop else b - a))
-        chord = Line.from_points(between[[0, -1]], False)
-        most = max(most, *(abs(chord.project(p)[1]) for p in between))
-    return most
+def _cheapest(legs: np.ndarray, count: int, first: int) -> tuple[float, list[int]]:
+    """The least cost of `count` legs from place `first` to PLACES further, and where they begin and end."""
+    legs = legs[first : first + PLACES + 1, first : first + PLACES + 1]
+    total, came = legs[0], []
+    for _ in range(count - 1):
+        ways = total[:, None] + legs
+        came.append(ways.argmin(axis=0))
+        total = ways.min(axis=0)
+    places = [PLACES]
+    for back in reversed(came):
+        places.insert(0, int(back[places[0]]))
+    return float(total[-1]), [first, *(first + p for p in places)]
 
 
 def task_toml(

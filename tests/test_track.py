@@ -98,15 +98,15 @@ def test_projection_near_an_index_never_jumps_to_the_neighbouring_stretch():
     low = line.project((10.0, -0.8))
     nearer_to_the_other = (10.0, 0.2)
     assert abs(line.project(nearer_to_the_other)[0] - low[0]) > 15
-    near = line.project(nearer_to_the_other, near=low[2])
+    near = line.project(nearer_to_the_other, near=low[0])
     assert near[0] == pytest.approx(low[0], abs=0.3)
     assert near[1] == pytest.approx(1.0, abs=0.01)
 
 
 def test_projection_near_moves_on_over_long_segments():
     line = Line.from_points(np.array([[0.0, 0.0], [10.0, 0.0], [10.0, 10.0], [0.0, 10.0]]), True)
-    index = line.project((1.0, 0.0))[2]
-    assert line.project((10.0, 1.0), near=index)[0] == pytest.approx(11.0)
+    along = line.project((1.0, 0.0))[0]
+    assert line.project((10.0, 1.0), near=along)[0] == pytest.approx(11.0)
 
 
 @pytest.mark.parametrize("points", [[[0, 0]], [[1, 1], [1, 1]], [[0, 0], [np.nan, 1]], [0, 1, 2]])
@@ -208,8 +208,21 @@ def test_near_stretches_may_join():
     assert len(track.walls(center, 1.5)) == 2
 
 
+def test_stretches_that_join_and_part_again_leave_an_island():
+    """A keyhole: its neck is narrower than the corridor, its eye is wider."""
+    a = np.linspace(-1.15, np.pi + 1.15, 60)
+    eye = 1.2 * np.stack((np.cos(a), np.sin(a)), axis=1) + [0.0, 1.6]
+    before = np.array([[6.0, -6.0], [6.0, -0.8], [1.0, -0.8], [0.45, -0.4]])
+    center = track.resample(np.vstack((before, eye, before[::-1] * [-1, 1])), 0.1, True)
+    line = Line.from_points(center, True)
+    walls = track.walls(center, 1.5)
+    assert len(walls) == 3
+    for wall in walls:  # no wall across the neck
+        assert np.abs(distances(dense(wall), line) - 0.75).max() < 0.02
+
+
 def test_stretches_that_almost_join_keep_a_wall_between_them():
-    walls = track.walls(stadium(20.0, 0.6), 1.17)  # 3 cm: less than a cell of the usual grid
+    walls = track.walls(stadium(20.0, 0.6), 1.17)  # 3 cm
     assert len(walls) == 2
     assert min(area(w) for w in walls) == pytest.approx(-20.0 * 0.03, abs=0.1)
     with pytest.raises(TrackError, match="joins itself"):
@@ -260,16 +273,15 @@ def test_a_csv_may_repeat_its_first_point_and_order_its_columns_otherwise(tmp_pa
     [
         ("", "0 points"),
         (HEADER + "0,0,1,1\n1,0,1,1\n", "2 points"),
-        (HEADER + "0,0,1,1\n" * 9, "1 different points"),
+        (HEADER + "0,0,1,1\n" * 9, "at least 4 different"),
         ("0,0,1,1\n1,0,1,1\n", r":1: begin with '# x_m,y_m"),
-        ("# x_m,w_tr_right_m,w_tr_left_m\n0,1,1\n", ":1: no column y_m; add it$"),
-        ("# x_m,y_m\n0,0\n", ":1: no column w_tr_right_m, w_tr_left_m; add it, or give --width"),
-        (HEADER + "0,0,1,1\n1,zero,1,1\n", r":3: y_m = 'zero' is not a number"),
-        (HEADER + "0,0,1,1\n1,nan,1,1\n", r":3: y_m = nan is not in"),
-        (HEADER + "0,0,1,1\n1,1e30,1,1\n", r":3: y_m = 1e30 is not in"),
-        (HEADER + "0,0,1,1\n1,1,-1,1\n", r":3: w_tr_right_m = -1 is not in"),
-        (HEADER + "0,0,1,1\n1,1\n", r":3: 2 columns, w_tr_right_m is missing"),
-        (HEADER + "0,0,1,1\n" * 60_000, "more than 50000 points"),
+        ("# x_m,w_tr_right_m,w_tr_left_m\n0,1,1\n", ":1: no column y_m; add it"),
+        ("# x_m,y_m\n0,0\n", ":1: no column w_tr_right_m, w_tr_left_m; add it, or --width"),
+        (HEADER + "0,0,1,1\n1,zero,1,1\n", r":3: '1,zero,1,1' is not x_m, y_m, w_.*: finite .* correct"),
+        (HEADER + "0,0,1,1\n1,nan,1,1\n", r":3: '1,nan,1,1' is not"),
+        (HEADER + "0,0,1,1\n1,1e30,1,1\n", r":3: '1,1e30,1,1' is not"),
+        (HEADER + "0,0,1,1\n1,1,-1,1\n", r":3: '1,1,-1,1' is not .* no negative widths"),
+        (HEADER + "0,0,1,1\n1,1\n", r":3: '1,1' is not"),
     ],
 )
 def test_a_broken_csv_says_where_and_why(tmp_path, text, says):
@@ -282,17 +294,11 @@ def test_a_broken_csv_says_where_and_why(tmp_path, text, says):
 
 
 def test_files_that_are_no_csv_are_refused(tmp_path):
-    with pytest.raises(TrackError, match="not found"):
-        track.read_csv(tmp_path / "none.csv")
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00" * 100)
-    with pytest.raises(TrackError, match="cannot be read as text"):
-        track.read_csv(tmp_path / "b.csv")
-    with pytest.raises(TrackError, match="cannot be read"):
-        track.read_csv(tmp_path)
-    with (tmp_path / "huge.csv").open("wb") as file:
-        file.truncate(track.MAX_CSV_BYTES + 1)
-    with pytest.raises(TrackError, match="larger than"):
-        track.read_csv(tmp_path / "huge.csv")
+    for path in (tmp_path / "none.csv", tmp_path / "b.csv", tmp_path):
+        with pytest.raises(TrackError, match="cannot be read as a centre-line CSV") as error:
+            track.read_csv(path)
+        assert str(error.value).startswith(str(path))
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(TrackError, match="length must be a positive"):
             track.read_csv(write(tmp_path / "t.csv", circle(5.0)), length_m=bad)
