@@ -17,7 +17,7 @@ BLOCKED_S, BLOCKED_MPS = 0.6, 0.15  # slower than this after that time: somethin
 LOOKAHEAD_M = 0.8
 ALIGNED_RAD = 0.5
 CLEAR_M = 0.3  # driven forward without being blocked
-UPRIGHT_MPS2 = 7.0  # vertical specific force of a car on its wheels
+UPRIGHT_MPS2, UPRIGHT_S = 7.0, 2.0  # above this for so long: on its wheels, and out of the hand
 DOWN_MPS2, DOWN_S = 2.0, 0.5  # below this for so long: it came down on its side or roof after all
 
 
@@ -30,13 +30,17 @@ class DriveReset:
         self._free = max(0.2, width_m / 2 - 0.3)  # how far off the line is still well inside
         self._phase, self._ticks, self._switches = "pause", 0, 0
         self._from: np.ndarray | None = None  # where this phase began
-        self._down = 0  # ticks in a row
+        self._up, self._down = 0, 0  # ticks in a row
 
     def wish(self, reading: Reading) -> np.ndarray | None:
         """(2,) action-unit wish, or None when the car can try again."""
         up = float(reading.values["accel"][2])
+        self._up = self._up + 1 if up > UPRIGHT_MPS2 else 0
         self._down = self._down + 1 if up < DOWN_MPS2 else 0
-        self.needs_hand = up < UPRIGHT_MPS2 if self.needs_hand else self._down >= DOWN_S * self._hz
+        if self.needs_hand:
+            self.needs_hand = self._up < UPRIGHT_S * self._hz
+        else:
+            self.needs_hand = self._down >= DOWN_S * self._hz
         if self.needs_hand:  # a person sets it on its wheels; the motors rest until then
             return self._wish(0.0, 0.0)
         position = reading.values["pose"][:2].astype(np.float64)

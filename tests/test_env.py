@@ -67,7 +67,7 @@ def wish(speed: float, steering: float) -> np.ndarray:
 
 
 def drive(env: RobotEnv, ticks: int, seed: int = 0) -> list[tuple]:
-    """(observation, action executed before, then executed, reward, terminated, truncated) of random driving."""
+    """(observation, action executed before, and then, reward, terminated, truncated) of random driving."""
     rng, out = np.random.default_rng(seed), []
     obs, _ = env.reset()
     for _ in range(ticks):
@@ -216,8 +216,9 @@ def test_on_its_roof_hardware_waits_with_its_motors_at_rest_for_a_person():
     env.reset()
     for _ in range(10):
         env.step(wish(1.0, 0.0))
-    flipped(env)
     robot.up = -9.81
+    _, _, terminated, _, info = env.step(wish(1.0, 0.0))
+    assert terminated and "flip" in info
     before = len(records), len(robot.robot.written)
 
     def person(record: Record) -> None:

@@ -1,4 +1,4 @@
-"""Reset by driving, in the twin, from anywhere between the walls; what driving cannot undo waits for a hand."""
+"""Reset by driving in the twin, from anywhere between the walls; what that cannot undo waits for a hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tether.drivers.base import Reading
 from tether.drivers.car import CHANNELS, COMMAND
 from tether.launch import catalog
 from tether.robot_env.env import RobotEnv
-from tether.robot_env.reset import DOWN_S, DriveReset
+from tether.robot_env.reset import DOWN_S, UPRIGHT_S, DriveReset
 from tether.robot_env.task import Outcome
 from tether.robot_env.track import Line
 
@@ -69,6 +69,11 @@ def test_a_car_that_comes_down_on_its_roof_during_a_reset_needs_a_hand():
     assert commands(recovery, [reading(up=-9.0)] * ticks)[-1] == pytest.approx((0.0, 0.0), abs=1e-6)
     assert recovery.needs_hand
     assert commands(recovery, [reading(up=-9.0)] * 50) == [pytest.approx((0.0, 0.0), abs=1e-6)] * 50
+    ticks = round(UPRIGHT_S * 10)
+    assert commands(recovery, [reading()] * (ticks - 1)) == [pytest.approx((0.0, 0.0), abs=1e-6)] * (
+        ticks - 1
+    )
+    assert recovery.needs_hand  # still in the hand, perhaps
     commands(recovery, [reading()])
     assert not recovery.needs_hand
 
@@ -113,7 +118,5 @@ def test_from_any_pose_between_the_walls_it_drives_itself_free():
             < 1.2
         )
     assert len(times) == POSES
-    print(
-        "simulated s: median %.1f, 95 %% %.1f, longest %.1f" % (*np.percentile(times, [50, 95]), max(times))
-    )
+    print("simulated s (median, 95 %, longest):", np.percentile(times, [50, 95, 100]).round(1))
     assert np.percentile(times, 95) <= 5.0
