@@ -116,11 +116,9 @@ def _learner(job: Any, log: Log) -> Any:
 
 
 def _spawn_actor(address: str, arguments: list[str]) -> subprocess.Popen[bytes]:
-    # one BLAS thread: a second one would wake on the learner's core for every action
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tether.launch.cli", "actor", "--learner", address]
     command += ["--parent", str(os.getpid()), *arguments]
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def _watch(child: subprocess.Popen[bytes], stop: Stop) -> None:
