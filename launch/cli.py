@@ -14,6 +14,8 @@ TASK_HELP = "a shipped task (see `tether list`), the path of a .toml file, or gy
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Expected errors print one line and give 2."""
+    # a second BLAS thread would wake on another process's core for every action; before numpy is imported
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     options = build().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminated)
     try:
