@@ -60,6 +60,7 @@ class Actor:
     """How an actor behaves before it has learned anything."""
 
     random_steps: int = 5_000  # uniformly random actions before the policy drives
+    auto_reset: bool = True  # off only to show what practice without it is worth
 
 
 @dataclass(frozen=True)
