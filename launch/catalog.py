@@ -91,11 +91,11 @@ def limits(spec: TaskSpec) -> Limits:
 
 
 def make_task(spec: TaskSpec) -> Task:
-    """The task's behaviour. Raises TaskError, CatalogError or SafetyError for a file that cannot be used."""
-    channels, command = declaration(spec)
+    """The task's behaviour. Raises TaskError for a file that cannot be used."""
     try:
+        channels, command = declaration(spec)
         limits(spec)
-    except SafetyError as error:
+    except (CatalogError, SafetyError) as error:
         raise TaskError(f"{spec.name}: {error}") from None
     kind = gym_env.GymTask if spec.kind == "gym" else find(KINDS[spec.kind])
     return kind(spec, channels, command)

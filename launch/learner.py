@@ -88,11 +88,11 @@ class Learner:
         expected = self._restore() if job.resume else {}
         if job.start:
             self._warn(self.trainer.start_from(Path(job.start) / "snapshots"))
-        self.log.note("compiling the update")
-        self.trainer.warm_up()
         self.journal = Journal(job.folder / "steps")
         meta = None if job.spec.kind == "gym" else stream_meta(job.spec)
         self.link = LearnerLink(job.bind, meta, self._welcome(), self.journal, expected)
+        self.log.note("compiling the update")
+        self.trainer.warm_up()  # actors may connect meanwhile; they wait for the first weights
         self._publish()
 
     def run(self, stop: Stop) -> dict[str, Any]:

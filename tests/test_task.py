@@ -95,7 +95,7 @@ def test_a_gate_may_only_tighten(old, new, says):
 
 
 def test_an_unknown_robot_names_those_there_are():
-    with pytest.raises(catalog.CatalogError, match="unknown robot 'cra'; this installation has car, fake"):
+    with pytest.raises(TaskError, match="square: unknown robot 'cra'; this installation has car, fake"):
         catalog.make_task(parse(GOOD.replace('"car"', '"cra"'), "square"))
 
 
