@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 Batch = dict[str, np.ndarray]
 
-_STRIDE = 32  # steps a skip link spans: a walk of k steps is k // 32 + k % 32 look-ups
+_TRIES = 32  # at a later step of the same segment; then the next one is taken
 
 
 class ReplayError(ValueError):
@@ -37,15 +35,6 @@ class Step(Protocol):
     def train(self) -> bool: ...
 
 
-@dataclass
-class _Tail:
-    """The newest steps of a segment that is still growing."""
-
-    segment: int
-    steps: deque[int] = field(default_factory=lambda: deque(maxlen=_STRIDE))
-    ended: bool = False  # terminated or truncated: only the final observation may follow
-
-
 class Replay:
     """The newest `capacity` steps of any number of interleaved streams.
 
@@ -57,11 +46,6 @@ class Replay:
     def __init__(
         self, capacity: int, obs_size: int, action_size: int, n_step: int = 1, gamma: float = 0.99
     ) -> None:
-        if min(capacity, obs_size, action_size, n_step) < 1 or not 0 <= gamma <= 1:
-            raise ReplayError(
-                f"capacity {capacity}, sizes {obs_size} and {action_size}, n_step {n_step}: at least 1 each; "
-                f"gamma {gamma}: between 0 and 1"
-            )
         self.capacity, self.n_step, self.gamma = capacity, n_step, np.float32(gamma)
         self._obs = np.zeros((capacity, obs_size), np.float32)
         self._prev = np.zeros((capacity, action_size), np.float32)
@@ -70,16 +54,13 @@ class Replay:
         self._mask = np.zeros(capacity, np.float32)  # 0 at a true terminal
         self._train = np.zeros(capacity, bool)  # to be learned from
         self._next = np.full(capacity, -1, np.int64)  # slot of the successor; -1 while there is none
-        self._skip = np.zeros(capacity, np.int64)  # slot _STRIDE steps later, once the segment is that long
-        self._position = np.zeros(capacity, np.int64)  # in its segment
         self._segment = np.zeros(capacity, np.int64)
-        self._length = np.zeros(64, np.int64)  # steps of each segment; the only array that grows
-        self._segments = 0
+        self._newest: list[int] = []  # step of each segment
         self._drawable = np.zeros(capacity, np.int64)  # slots that can be drawn, packed, in no order
         self._place = np.full(capacity, -1, np.int64)  # of each slot in _drawable
         self._count = 0
         self._added = 0  # steps ever added: number i lies in slot i % capacity
-        self._tails: dict[Hashable, _Tail] = {}
+        self._tails: dict[Hashable, tuple[int, bool]] = {}  # newest step of each stream; did it end there?
 
     def __len__(self) -> int:
         return self._count
@@ -92,21 +73,28 @@ class Replay:
         Raises ReplayError for wrong shapes and numbers that are not finite.
         """
         obs, previous = self._checked("obs", step.obs), self._checked("prev_action", step.prev_action)
-        action = None if step.action is None else self._checked("action", step.action)
+        closes = step.action is None
+        action = 0.0 if step.action is None else self._checked("action", step.action)
         if not np.isfinite(step.reward):
             raise ReplayError(f"stream {stream}: reward {step.reward} is not finite")
-        slot = self._added % self.capacity
+        number, slot = self._added, self._added % self.capacity
         self._undraw(slot)
         self._obs[slot], self._prev[slot] = obs, np.clip(previous, -1.0, 1.0)
-        self._action[slot] = 0.0 if action is None else action
-        self._reward[slot] = 0.0 if action is None else step.reward
+        self._action[slot] = action
+        self._reward[slot] = 0.0 if closes else step.reward
         self._mask[slot] = not step.terminated
         self._train[slot] = step.train
         self._next[slot] = -1
-        tail = self._append(stream, slot, closes=action is None)
-        tail.ended = step.terminated or step.truncated
-        if action is None:
-            del self._tails[stream]
+        before, ended = self._tails.pop(stream, (-self.capacity, False))
+        # an idle stream may have lost its newest step to the others
+        if number - before >= self.capacity or (ended and not closes):
+            self._segment[slot] = len(self._newest)
+            self._newest.append(number)
+        else:
+            self._link(before % self.capacity, slot)
+            self._newest[self._segment[slot]] = number
+        if not closes:
+            self._tails[stream] = (number, step.terminated or step.truncated)
         self._added += 1
 
     def sample(self, rng: np.random.Generator, n: int) -> Batch:
@@ -121,8 +109,13 @@ class Replay:
     def sample_future(self, rng: np.random.Generator, n: int) -> Batch:
         """As `sample`, and "future_obs": the observation of a uniformly drawn later step of the segment."""
         slots = self._draw(rng, n)
-        left = self._length[self._segment[slots]] - 1 - self._position[slots]
-        future = self._walk(slots, rng.integers(1, left, endpoint=True))
+        segment = self._segment[slots]
+        number = self._added - 1 - (self._added - 1 - slots) % self.capacity
+        newest = [self._newest[i] for i in segment]
+        # later steps of any stream; the first that is of the same segment counts
+        drawn = rng.integers(number + 1, newest, (_TRIES, n), endpoint=True) % self.capacity
+        same = self._segment[drawn] == segment
+        future = np.where(same.any(0), drawn[same.argmax(0), np.arange(n)], self._next[slots])
         return self._batch(slots) | {"future_obs": self._obs[future]}
 
     def _checked(self, name: str, value: np.ndarray) -> np.ndarray:
@@ -133,27 +126,12 @@ class Replay:
             raise ReplayError(f"{name} {value} is not finite")
         return value
 
-    def _append(self, stream: Hashable, slot: int, closes: bool) -> _Tail:
-        """Link a slot to what came before it in its stream, or begin a segment with it."""
-        tail = self._tails.get(stream)
-        # an idle stream may have lost its last step to the others
-        if tail is None or self._added - tail.steps[-1] >= self.capacity or (tail.ended and not closes):
-            tail = self._tails[stream] = _Tail(self._segments)
-            if self._segments == len(self._length):
-                self._length = np.concatenate([self._length, np.zeros_like(self._length)])
-            self._segments += 1
-        else:
-            before = tail.steps[-1] % self.capacity
-            self._next[before] = slot
-            if self._train[before]:
-                self._place[before], self._drawable[self._count] = self._count, before
-                self._count += 1
-            if len(tail.steps) == _STRIDE and self._added - tail.steps[0] < self.capacity:
-                self._skip[tail.steps[0] % self.capacity] = slot
-        self._segment[slot], self._position[slot] = tail.segment, self._length[tail.segment]
-        self._length[tail.segment] += 1
-        tail.steps.append(self._added)
-        return tail
+    def _link(self, before: int, slot: int) -> None:
+        """Let `slot` follow `before`, which can be drawn from now on if it is to be trained on."""
+        self._next[before], self._segment[slot] = slot, self._segment[before]
+        if self._train[before]:
+            self._place[before], self._drawable[self._count] = self._count, before
+            self._count += 1
 
     def _undraw(self, slot: int) -> None:
         """Take a slot out of the drawable ones; the last of them takes its place."""
@@ -187,35 +165,13 @@ class Replay:
             "next_prev_action": self._prev.take(last, axis=0),
         }
 
-    def _walk(self, slots: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        """The slots `distance` steps later in their segments, which must reach that far."""
-        slots = slots.copy()
-        for links, count in zip((self._skip, self._next), np.divmod(distance, _STRIDE), strict=True):
-            for i in range(count.max(initial=0)):
-                on = count > i
-                slots[on] = links[slots[on]]
-        return slots
-
 
 def symmetric(online: Batch, prior: Batch) -> Batch:
-    """Half and half: row 0 online, row 1 prior, and so on, so every even-sized run of rows is half prior.
-
-    Both need the same keys and number of rows (ReplayError).
-    """
-    if online.keys() != prior.keys():
-        raise ReplayError(f"online batch has {sorted(online)}, prior batch has {sorted(prior)}")
-    for key in online:
-        if online[key].shape != prior[key].shape:
-            raise ReplayError(f"{key}: online {online[key].shape}, prior {prior[key].shape}; must be equal")
-    mixed = {k: np.empty((2 * len(v), *v.shape[1:]), v.dtype) for k, v in online.items()}
-    for key, value in mixed.items():
-        value[0::2], value[1::2] = online[key], prior[key]
-    return mixed
+    """Half and half: row 0 online, row 1 prior, and so on, so every even-sized run of rows is half prior."""
+    pairs = {k: np.stack([v, prior[k]], axis=1) for k, v in online.items()}
+    return {k: v.reshape(-1, *v.shape[2:]) for k, v in pairs.items()}
 
 
 def minibatches(batch: Batch, utd: int, size: int) -> Batch:
-    """(utd * size, ...) rows -> (utd, size, ...), in order. Any other number of rows is a ReplayError."""
-    for key, value in batch.items():
-        if len(value) != utd * size:
-            raise ReplayError(f"{key} has {len(value)} rows; {utd} mini-batches of {size} need {utd * size}")
+    """(utd * size, ...) rows -> (utd, size, ...), in order. Any other number of rows is a ValueError."""
     return {k: v.reshape(utd, size, *v.shape[1:]) for k, v in batch.items()}
