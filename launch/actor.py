@@ -19,7 +19,6 @@ from ..drivers.base import DriverError, Twin
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
 from ..robot_env.record import Record, encode
-from ..robot_env.task import TaskSpec, parse
 from . import catalog
 from .folder import stream_meta
 from .onboard import Policy
@@ -146,7 +145,7 @@ def serve(
     left = 0
     try:
         orders = link.start(on_wait=lambda waited: _give_up(stop, link))
-        spec = _spec(orders)
+        spec = catalog.spec_of(str(orders["task"]), str(orders["name"]))
         if task is not None and catalog.load_spec(task).text != spec.text:
             raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
         seed = int(orders["seed"]) if seed is None else seed
@@ -173,7 +172,8 @@ def start_view(env: RobotEnv | GymEnv) -> None:
     robot = getattr(env, "robot", None)
     if not isinstance(robot, Twin):
         raise DriverError("--view shows twins; this is not one")
-    catalog.find("sim.render:view")(robot)
+    viewer = catalog.find("sim.render:view")(robot)
+    env.on_record.append(lambda record: viewer.sync())
 
 
 class Status:
@@ -199,11 +199,6 @@ class Status:
                 stats[key] = stats.get(key, 0) + count
         self._steps, self._since = 0, now
         self._link.report(stats)
-
-
-def _spec(orders: dict[str, Any]) -> TaskSpec:
-    text, name = str(orders["task"]), str(orders["name"])
-    return catalog.load_spec(text) if text.startswith("gym:") else parse(text, name, f"the learner's task {name}")
 
 
 def _give_up(stop: Stop, link: ActorLink) -> None:

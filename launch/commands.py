@@ -14,7 +14,7 @@ import numpy as np
 from ..robot_env.course import Course
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
-from ..robot_env.task import Task, TaskError, parse
+from ..robot_env.task import Task, TaskError
 from . import catalog, config, evaluate as evaluation, onboard
 from .folder import RunError, new_folder
 
@@ -187,7 +187,7 @@ def catalog_list(options: Namespace) -> int:
 def _task(wanted: str | None, text: str, name: str) -> Task:
     if wanted:
         return catalog.make_task(catalog.load_spec(wanted))
-    return catalog.make_task(catalog.load_spec(text) if text.startswith("gym:") else parse(text, name, name))
+    return catalog.make_task(catalog.spec_of(text, name))
 
 
 def _drive(options: Namespace, task: Task, act: evaluation.Driver, real: bool = False) -> int:

@@ -12,14 +12,13 @@ from ..robot_env.record import read_streams
 from ..robot_env.sample import Fold
 from . import bundle, catalog, config
 from .folder import RunError
-from .learner import spec_of
 from .trainer import Trainer
 
 
 def load_policy(run: Path) -> bundle.Trained:
     """The newest snapshot's policy and what it is checked on. Raises RunError for a run without one."""
     settings, facts = config.read(run.resolve())
-    task = catalog.make_task(spec_of(facts))
+    task = catalog.make_task(catalog.spec_of(facts["task"], facts["name"]))
     trainer = Trainer(task, settings, int(facts["seed"]))
     cursor, warning = trainer.load(run / "snapshots")
     if not cursor:
@@ -43,7 +42,7 @@ def load_policy(run: Path) -> bundle.Trained:
 def freeze(run: Path, out: Path) -> dict[str, Any]:
     """Write the bundle; returns what was checked. Raises BundleError with the figures, or RunError."""
     settings, facts = config.read(run.resolve())
-    spec = spec_of(facts)
+    spec = catalog.spec_of(facts["task"], facts["name"])
     channels, command = catalog.declaration(spec)
     origin = {"run": run.resolve().name, "task": spec.name, "git": str(facts["git"]), "preset": settings.preset}
     return bundle.export(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..robot_env.record import Meta, Record, SegmentWriter, read_recording, read_streams
-from ..robot_env.task import TaskSpec, parse
+from ..robot_env.task import TaskSpec
 from . import catalog, config
 from .actor import Stop
 from .folder import stream_meta
@@ -34,12 +34,6 @@ class Job:
     start: str | None = None  # a run whose weights to begin with
     resume: bool = False
     tensorboard: bool = False
-
-
-def spec_of(facts: Mapping[str, Any]) -> TaskSpec:
-    """The task a run's config.toml holds."""
-    text, name = str(facts["task"]), str(facts["name"])
-    return catalog.load_spec(text) if text.startswith("gym:") else parse(text, name, f"the run's task {name}")
 
 
 def read_prior(sources: Iterable[str]) -> list[list[Record]]:

@@ -51,14 +51,14 @@ def save_config(job: Any) -> None:
 
 
 def _resumed(options: Any, folder: Path) -> Any:
-    from .learner import Job, spec_of
+    from .learner import Job
 
     settings, facts = config.read(folder.resolve())
     if options.steps is not None:
         settings = config.with_steps(settings, options.steps)
     prior = tuple(facts.get("prior", ()))
     return Job(
-        spec_of(facts), settings, folder.resolve(), int(facts["seed"]), options.bind or "tcp://127.0.0.1:*", prior,
+        catalog.spec_of(facts["task"], facts["name"]), settings, folder.resolve(), int(facts["seed"]), options.bind or "tcp://127.0.0.1:*", prior,
         resume=True, tensorboard=options.tensorboard,
     )  # fmt: skip
 
