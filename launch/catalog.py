@@ -73,6 +73,11 @@ def load_spec(source: str) -> TaskSpec:
     return gym_env.spec(source) if source.startswith(gym_env.PREFIX) else task.load(source)
 
 
+def spec_of(text: str, name: str) -> TaskSpec:
+    """The task that a run, a bundle or a learner holds the text of (`gym:<id>` stands for itself)."""
+    return gym_env.spec(text) if text.startswith(gym_env.PREFIX) else task.parse(text, name, f"the task {name}")
+
+
 def declaration(spec: TaskSpec) -> tuple[tuple[Channel, ...], Command]:
     """What the task's robot reads and takes, without importing its twin or driver."""
     if spec.kind == "gym":
