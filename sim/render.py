@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from typing import Any, Protocol
@@ -13,86 +12,60 @@ import numpy as np
 from ..drivers.base import DriverError
 from .twin import World
 
-MAX_GEOMS = 2000
-
 
 class Simulated(Protocol):
     """A twin that can be looked at."""
 
-    @property
-    def world(self) -> World:
-        """Its physics."""
-        ...
+    world: World
 
 
-class _Canvas:
-    """One off-screen GL context for one model and size. Belongs to the thread that made it."""
+class Camera:
+    """A camera of a twin's model (the car: chase, top, onboard) with its off-screen GL context.
 
-    def __init__(self, model: mujoco.MjModel, width: int, height: int) -> None:
-        try:
-            from mujoco.egl import GLContext
-            self.gl = GLContext(width, height)
-        except (ImportError, RuntimeError, AttributeError) as error:
-            raise DriverError(
-                f"rendering needs EGL, which failed here ({error}); install libegl1 and libgl1-mesa-dri"
-            ) from None
-        self.gl.make_current()
-        self.model, self.size = model, (width, height)
-        self.scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
-        # shadows and reflections cost more than all else: 156 -> 950 fps at 64x64 with offsamples 0
-        self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self.context)
-        self.option, self.view, self.perturb = mujoco.MjvOption(), mujoco.MjvCamera(), mujoco.MjvPerturb()
-
-    def free(self) -> None:
-        """Give the context back."""
-        self.gl.make_current()
-        self.context.free()
-        self.gl.free()
-
-
-_canvas: _Canvas | None = None  # the last one used: contexts are dear, pictures come in series
-
-
-def frame(twin: Simulated, width: int = 320, height: int = 240, camera: str = "chase") -> np.ndarray:
-    """(height, width, 3) uint8 picture from a camera of the model: chase, top or onboard.
-
-    Raises DriverError without EGL, or for an unknown camera. Call it from one thread only.
+    Belongs to the thread that made it. Raises DriverError without EGL, or for an unknown camera.
     """
-    global _canvas
-    model, data = twin.world.model, twin.world.data
-    cameras = [model.camera(i).name for i in range(model.ncam)]
-    if camera not in cameras:
-        raise DriverError(f"unknown camera {camera!r}; this twin has {', '.join(cameras)}")
-    if not (0 < width <= model.vis.global_.offwidth and 0 < height <= model.vis.global_.offheight):
-        most = f"{model.vis.global_.offwidth}x{model.vis.global_.offheight}"
-        raise DriverError(f"a frame of {width}x{height} pixels is not possible; at most {most}")
-    if _canvas is None or _canvas.model is not model or _canvas.size != (width, height):
-        _release()
-        _canvas = _Canvas(model, width, height)
-        atexit.unregister(_release)
-        atexit.register(_release)  # last in, first out: before EGL itself is taken apart
-    c = _canvas
-    c.gl.make_current()
-    c.view.type, c.view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, cameras.index(camera)
-    mujoco.mj_kinematics(model, data)  # a step leaves the poses of its beginning behind
-    mujoco.mj_camlight(model, data)
-    mujoco.mjv_updateScene(
-        model, data, c.option, c.perturb, c.view, mujoco.mjtCatBit.mjCAT_ALL.value, c.scene
-    )
-    viewport, pixels = mujoco.MjrRect(0, 0, width, height), np.empty((height, width, 3), np.uint8)
-    mujoco.mjr_render(viewport, c.scene, c.context)
-    mujoco.mjr_readPixels(pixels, None, viewport, c.context)
-    return pixels[::-1].copy()
 
+    def __init__(self, twin: Simulated, width: int = 320, height: int = 240, name: str = "chase") -> None:
+        self._model, self._data = twin.world.model, twin.world.data
+        self._viewport = mujoco.MjrRect(0, 0, width, height)
+        self._view = mujoco.MjvCamera()
+        self._view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        try:
+            self._view.fixedcamid = self._model.camera(name).id
+            from mujoco.egl import GLContext
+            self._gl = GLContext(width, height)
+        except KeyError as error:
+            raise DriverError(f"no such camera: {error.args[0]}") from None
+        except (ImportError, RuntimeError, AttributeError) as error:
+            raise DriverError(f"no EGL here ({error}); install libegl1 and libgl1-mesa-dri") from None
+        self._gl.make_current()
+        self._scene = mujoco.MjvScene(self._model, maxgeom=2000)
+        # shadows and reflections cost more than all else: 156 -> 950 fps at 64x64 with offsamples 0
+        for dear in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._scene.flags[dear] = 0
+        self._model.vis.global_.offwidth, self._model.vis.global_.offheight = width, height
+        self._context = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
 
-def _release() -> None:
-    global _canvas
-    if _canvas is not None:
-        _canvas.free()
-        _canvas = None
+    def frame(self) -> np.ndarray:
+        """(height, width, 3) uint8: how it looks now."""
+        self._gl.make_current()
+        mujoco.mj_kinematics(self._model, self._data)  # a step leaves the poses of its beginning behind
+        mujoco.mj_camlight(self._model, self._data)
+        what = mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(
+            self._model, self._data, mujoco.MjvOption(), mujoco.MjvPerturb(), self._view, what, self._scene
+        )
+        pixels = np.empty((self._viewport.height, self._viewport.width, 3), np.uint8)
+        mujoco.mjr_render(self._viewport, self._scene, self._context)
+        mujoco.mjr_readPixels(pixels, None, self._viewport, self._context)
+        return pixels[::-1].copy()
+
+    def close(self) -> None:
+        """Give the context back; the interpreter may not end before."""
+        self._gl.make_current()
+        self._context.free()
+        self._gl.free()
 
 
 def view(twin: Simulated) -> Any:

@@ -9,7 +9,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import mujoco
 import numpy as np
@@ -17,25 +16,16 @@ import numpy as np
 from ..drivers.base import Channel, DriverError, Reading
 
 KEEP_S = 2.0  # how much unread history a channel holds: what an aggregate can span
-
-
-@dataclass(frozen=True)
-class Sensor:
-    """How a twin imitates one channel."""
-
-    channel: Channel
-    noise: float | tuple[float, ...] = 0.0  # standard deviation, in the channel's unit
-    combine: str = "last"  # "last", or "mean" / "max" over the samples since the last read
-    jitter_s: float = 0.004  # latency varies by up to this much (USB and scheduling of a Linux host)
+JITTER_S = 0.004  # latency varies by up to this much (USB and scheduling of a Linux host)
 
 
 class World:
-    """The physics of one twin, its clock and its sensor buffers.
+    """The physics of one twin, its clock and its sensors.
 
     `control(dt)` is called before every batch of physics steps (at most the sensors' common period long),
-    `measure()` whenever some channel samples; it returns the true present value of every channel as a tuple
-    of floats; `watch()` after every step, so it must be cheap. Time is a whole number of steps: it does not
-    drift.
+    `measure()` whenever some channel samples; it returns the true present value of every channel, as arrays
+    that it does not keep; `watch()` after every step, so it must be cheap. Time is a whole number of steps: it
+    does not drift.
     """
 
     def __init__(
@@ -43,20 +33,21 @@ class World:
         model: mujoco.MjModel,
         sensors: Sequence[Sensor],
         control: Callable[[float], None],
-        measure: Callable[[], Mapping[str, Sequence[float]]],
-        watch: Callable[[], None] = lambda: None,
-        *,
+        measure: Callable[[], Mapping[str, np.ndarray]],
+        watch: Callable[[], None],
         seed: int = 0,
         realtime: bool = False,
-        noise: bool = True,
     ) -> None:
         self.model, self.data = model, mujoco.MjData(model)
         self.dt = float(model.opt.timestep)
         self._control, self._measure, self._watch = control, measure, watch
         self._realtime = realtime
         self._rng = np.random.default_rng(seed)
-        self._buffers = [_Buffer(s, self.dt, noise) for s in sensors]
-        self._batch = math.gcd(*(b.period for b in self._buffers))  # steps
+        self._sensors = {s: round(1.0 / s.channel.hz / self.dt) for s in sensors}  # steps between samples
+        for sensor, period in self._sensors.items():
+            if abs(period * self.dt * sensor.channel.hz - 1.0) > 1e-6:
+                raise ValueError(f"{sensor.channel.name}: {sensor.channel.hz} Hz is no whole number of steps")
+        self._batch = math.gcd(*self._sensors.values())  # steps
         self._steps = 0
         self._target = 0.0  # s: where the sleeps add up to, between two steps
         self._wall0: float | None = None
@@ -84,8 +75,9 @@ class World:
     def read(self) -> Reading:
         """The newest delivered values with the times they were captured."""
         now, values, stamps = self.now(), {}, {}
-        for buffer in self._buffers:
-            values[buffer.name], stamps[buffer.name] = buffer.take(now, self._rng)
+        for sensor in self._sensors:
+            name = sensor.channel.name
+            values[name], stamps[name] = sensor.take(now, self._rng)
         return Reading(values, stamps)
 
     def settle(self, qpos: np.ndarray) -> None:
@@ -95,8 +87,8 @@ class World:
         self.data.time = self._steps * self.dt
         mujoco.mj_forward(self.model, self.data)
         truth = self._measure()
-        for buffer in self._buffers:
-            buffer.fill(self._steps * self.dt, truth[buffer.name])
+        for sensor in self._sensors:
+            sensor.fill(self._steps * self.dt, truth[sensor.channel.name])
 
     def _advance(self, steps: int) -> None:
         end = self._steps + steps
@@ -115,39 +107,38 @@ class World:
             raise DriverError(f"twin: the physics failed ({', '.join(kinds)}); place the robot again")
 
     def _sample(self) -> None:
-        now, truth = self._steps * self.dt, self._measure()
-        for buffer in self._buffers:
-            if self._steps % buffer.period == 0:
-                buffer.put(now, truth[buffer.name], self._rng)
+        truth = self._measure()
+        for sensor, period in self._sensors.items():
+            if self._steps % period == 0:
+                sensor.put(self._steps * self.dt, truth[sensor.channel.name], self._rng)
 
 
-class _Buffer:
-    """The samples of one channel on their way to the reader."""
+class Sensor:
+    """How a twin imitates one channel: its samples on their way to the reader.
 
-    def __init__(self, sensor: Sensor, dt: float, noisy: bool) -> None:
-        channel = sensor.channel
-        self.name, self.period = channel.name, round(1.0 / channel.hz / dt)
-        if self.period < 1 or abs(self.period * dt * channel.hz - 1.0) > 1e-6:
-            raise ValueError(f"channel {channel.name}: {channel.hz} Hz is not a whole number of {dt} s steps")
-        self._interval = self.period * dt
-        self._latency, self._jitter = channel.latency_s, sensor.jitter_s if noisy else 0.0
-        self._noise = np.asarray(sensor.noise, np.float64) if noisy else None  # () or (size,)
-        self._combine = sensor.combine
-        self._waiting: deque[tuple[float, float, Sequence[float]]] = deque(maxlen=round(KEEP_S * channel.hz))
-        self._value = np.zeros(channel.size, np.float32)
-        self._stamp = 0.0
+    `noise`: standard deviation in the channel's unit; `combine`: "last", or "mean" / "max" over the samples
+    since the last read.
+    """
 
-    def put(self, now: float, value: Sequence[float], rng: np.random.Generator) -> None:
+    def __init__(
+        self, channel: Channel, noise: float = 0.0, combine: str = "last", jitter_s: float = JITTER_S
+    ) -> None:
+        self.channel = channel
+        self._noise, self._combine, self._jitter = noise, combine, jitter_s
+        self._waiting: deque[tuple[float, float, np.ndarray]] = deque(maxlen=round(KEEP_S * channel.hz))
+        self._value, self._stamp = np.zeros(channel.size, np.float32), 0.0
+
+    def put(self, now: float, value: np.ndarray, rng: np.random.Generator) -> None:
         """Capture `value` now; it is delivered a latency later."""
-        delivery = now + self._latency + (self._jitter * rng.random() if self._jitter else 0.0)
-        self._waiting.append((delivery, now, value))
+        self._waiting.append((now + self.channel.latency_s + self._jitter * rng.random(), now, value))
 
-    def fill(self, now: float, value: Sequence[float]) -> None:
+    def fill(self, now: float, value: np.ndarray) -> None:
         """As if `value` had been measured for a while: reads deliver it, with its due age, from now on."""
         self._waiting.clear()
-        samples = math.ceil(self._latency / self._interval)
-        for stamp in (now - self._latency, *(now - i * self._interval for i in reversed(range(samples)))):
-            self._waiting.append((stamp + self._latency, stamp, value))
+        latency, interval = self.channel.latency_s, 1.0 / self.channel.hz
+        samples = math.ceil(latency / interval)
+        for stamp in (now - latency, *(now - i * interval for i in reversed(range(samples)))):
+            self._waiting.append((stamp + latency, stamp, value))
 
     def take(self, now: float, rng: np.random.Generator) -> tuple[np.ndarray, float]:
         """A copy of the newest delivered value (or aggregate), and its stamp."""
@@ -157,8 +148,7 @@ class _Buffer:
             fresh.append(value)
         if fresh:
             samples = np.array(fresh if self._combine != "last" else fresh[-1:])  # (n, size)
-            if self._noise is not None:
-                samples += self._noise * rng.standard_normal(samples.shape)
+            samples += self._noise * rng.standard_normal(samples.shape)
             combined = samples.max(axis=0) if self._combine == "max" else samples.mean(axis=0)
             self._value = combined.astype(np.float32)
         return self._value.copy(), self._stamp
