@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load as parse_arrays
 from safetensors.numpy import save as pack_arrays
 
@@ -31,10 +30,6 @@ _TEMPORARY = ".writing-"
 
 class SnapshotError(RuntimeError):
     """A snapshot that cannot be written or used: where, why, and what to do."""
-
-
-class _Damaged(Exception):
-    """This snapshot is not what was written; another one may be."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +65,16 @@ def save(
         temporary = folder / f"{_TEMPORARY}{name}"
         temporary.mkdir()
         files = {f"{policy}.safetensors": pack_arrays(_flatten(state)) for policy, state in states.items()}
-        for file, payload in files.items():
-            _write(temporary / file, payload)
-        made = {
+        manifest = {
             "format": FORMAT,
             "version": VERSION,
             "counters": dict(counters),
-            "generators": {k: _generator_state(k, g) for k, g in generators.items()},
+            "generators": {name: generator.bit_generator.state for name, generator in generators.items()},
             "files": {file: hashlib.sha256(payload).hexdigest() for file, payload in files.items()},
         }
-        manifest = json.loads(json.dumps(made))  # as it will be read: the keys are text
-        _write(temporary / MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode())
+        files[MANIFEST] = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode()
+        for file, payload in files.items():
+            _write(temporary / file, payload)
         _sync(temporary)
         _read(temporary)  # what is on the disk, not what should be
         path = temporary.rename(folder / name)
@@ -89,7 +83,7 @@ def save(
         _sync(folder)
         for old in _all(folder)[keep:]:
             shutil.rmtree(old)
-    except (OSError, _Damaged, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise SnapshotError(f"{folder}: snapshot not written: {error}; the ones before are intact") from error
     return path
 
@@ -103,17 +97,19 @@ def load(folder: str | os.PathLike[str], templates: Mapping[str, Any]) -> Snapsh
     """
     folder = Path(folder)
     damaged: list[str] = []
-    found = _candidates(folder)
-    for path in found:
+    for path in _all(folder):
         try:
             manifest, payloads = _read(path)
-            arrays = {file: parse_arrays(payload) for file, payload in payloads.items()}
-        except (_Damaged, OSError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             damaged.append(f"{path.name} ({error})")
             continue
-        _same("policies", path, {f"{name}.safetensors" for name in templates}, set(arrays))
-        states = {k: _restore(path, k, t, arrays[f"{k}.safetensors"]) for k, t in templates.items()}
-        generators = {k: _generator(v) for k, v in manifest["generators"].items()}
+        files = {name: f"{name}.safetensors" for name in templates}
+        if payloads.keys() != set(files.values()):
+            raise SnapshotError(f"{path} holds {sorted(payloads)}, this run needs {sorted(files.values())}")
+        states = {k: _restore(f"{path}: {k}", t, payloads[files[k]]) for k, t in templates.items()}
+        generators = {k: np.random.default_rng() for k in manifest["generators"]}
+        for name, generator in generators.items():
+            generator.bit_generator.state = manifest["generators"][name]
         warning = f"damaged snapshots: {', '.join(damaged)}; using {path.name}" if damaged else ""
         return Snapshot(path, states, manifest["counters"], generators, warning)
     if damaged:
@@ -126,40 +122,24 @@ def _all(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("[0-9]*") if p.name.isdigit()), key=lambda p: -int(p.name))
 
 
-def _candidates(folder: Path) -> list[Path]:
-    """What `latest` names, then the others, newest first."""
-    found = _all(folder)
-    try:
-        latest = (folder / LATEST).read_text()
-    except (OSError, UnicodeDecodeError):  # gone or damaged: the newest will do
-        latest = ""
-    return sorted(found, key=lambda p: p.name != latest)
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Manifest and payloads of a snapshot, all checked. Raises _Damaged, or SnapshotError for its format."""
+    """Manifest and payloads, all checked. ValueError or OSError: damaged; SnapshotError: another format."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         found, claimed = (manifest["format"], manifest["version"]), manifest.pop("sha256")
-    except FileNotFoundError:
-        raise _Damaged(f"{MANIFEST} is missing") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise _Damaged(f"{MANIFEST} is unreadable") from None
+        raise ValueError(f"{MANIFEST} is unreadable") from None
     if found != (FORMAT, VERSION):  # first: another version may count its checksums otherwise
         raise SnapshotError(
             f"{path}: format {found[0]!r} version {found[1]!r}; this tether reads {FORMAT!r} "
             f"version {VERSION}: resume with the version that wrote it, or start a new run"
         )
     if _digest(manifest) != claimed:
-        raise _Damaged(f"{MANIFEST} has another checksum")
-    payloads = {}
-    for file, digest in manifest["files"].items():
-        try:
-            payloads[file] = (path / file).read_bytes()
-        except FileNotFoundError:
-            raise _Damaged(f"{file} is missing") from None
-        if hashlib.sha256(payloads[file]).hexdigest() != digest:
-            raise _Damaged(f"{file} has another checksum")
+        raise ValueError(f"{MANIFEST} has another checksum")
+    payloads = {file: (path / file).read_bytes() for file in manifest["files"]}
+    for file, payload in payloads.items():
+        if hashlib.sha256(payload).hexdigest() != manifest["files"][file]:
+            raise ValueError(f"{file} has another checksum")
     return manifest, payloads
 
 
@@ -167,56 +147,36 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by path: "critic_opt/0/mu/dense0_kernel"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _plain(leaf: Any) -> Any:
+    """A PRNG key as its words."""
+    return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def _flatten(state: Any) -> dict[str, np.ndarray]:
-    """NumPy copies of all leaves; a PRNG key as its words."""
-    return {k: np.array(jax.random.key_data(v) if _is_key(v) else v) for k, v in _named(state).items()}
+    """NumPy copies of all leaves by path: "critic_opt/0/mu/dense0_kernel"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {name: np.array(_plain(leaf)) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
-def _restore(path: Path, policy: str, template: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    leaves = _named(template)
-    _same(f"weights of {policy!r}", path, set(leaves), set(arrays))
-    out = []
-    for name, leaf in leaves.items():
-        key = _is_key(leaf)
-        want, got = jax.random.key_data(leaf) if key else leaf, arrays[name]
-        if (want.shape, want.dtype) != (got.shape, got.dtype):
+def _restore(where: str, template: Any, payload: bytes) -> Any:
+    arrays, fresh = parse_arrays(payload), _flatten(template)
+    for name in sorted(arrays.keys() | fresh.keys()):
+        saved, needed = _shape(arrays.get(name)), _shape(fresh.get(name))
+        if saved != needed:
             raise SnapshotError(
-                f"{path}: {policy}/{name} is {got.dtype}{list(got.shape)}, this run needs "
-                f"{want.dtype}{list(want.shape)}: resume with the settings it was saved with"
+                f"{where}/{name} is {saved}, this run needs {needed}: resume with the settings it was saved with"
             )
-        value = jax.numpy.array(got)
-        out.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if key else value)
-    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(template), out)
+    leaves, structure = jax.tree.flatten(template)
+    values = [jax.numpy.array(arrays[name]) for name in fresh]
+    for i, leaf in enumerate(leaves):
+        if _plain(leaf) is not leaf:
+            values[i] = jax.random.wrap_key_data(values[i], impl=jax.random.key_impl(leaf))
+    return jax.tree.unflatten(structure, values)
 
 
-def _same(what: str, path: Path, ours: set[str], theirs: set[str]) -> None:
-    if ours != theirs:
-        raise SnapshotError(
-            f"{path}: {what} differ: this run lacks {sorted(theirs - ours)[:3]}, the snapshot lacks "
-            f"{sorted(ours - theirs)[:3]}: resume with the settings it was saved with"
-        )
-
-
-def _generator_state(name: str, generator: np.random.Generator) -> Mapping[str, Any]:
-    if not isinstance(generator.bit_generator, np.random.PCG64):
-        raise TypeError(f"generator {name!r} is not one of np.random.default_rng")
-    return generator.bit_generator.state
-
-
-def _generator(state: Mapping[str, Any]) -> np.random.Generator:
-    generator = np.random.default_rng()
-    generator.bit_generator.state = state
-    return generator
+def _shape(array: np.ndarray | None) -> str:
+    return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
 def _write(path: Path, payload: bytes) -> None:
