@@ -13,8 +13,6 @@ import numpy as np
 from .base import DriverError, Reading
 from .car import CHANNELS, COMMAND
 
-__all__ = ["CHANNELS", "COMMAND", "Fake", "fake_twin"]
-
 
 class Fake:
     """A kinematic car (bicycle model, wheelbase 0.3 m) on simulated time, without walls, delay or noise."""
@@ -25,10 +23,8 @@ class Fake:
         self.written: list[np.ndarray] = []
         self.stops = 0
         self.fail_after = fail_after  # writes until the device fails
-        self._pose = np.array(start, np.float64)
-        self._command = np.zeros(2)
-        self._time = 0.0
-        self._open = False
+        self._pose, self._command = start, np.zeros(2)
+        self._time, self._open = 0.0, False
 
     def open(self) -> None:
         self._open = True
@@ -37,22 +33,16 @@ class Fake:
         return self._time
 
     def sleep(self, seconds: float) -> None:
-        speed, steering = self._command
         x, y, heading = self._pose
-        heading_rate = speed * math.tan(steering) / 0.3
-        self._pose = np.array([
-            x + seconds * speed * math.cos(heading + heading_rate * seconds / 2),
-            y + seconds * speed * math.sin(heading + heading_rate * seconds / 2),
-            heading + seconds * heading_rate,
-        ])
+        way, turn = seconds * self._command[0], seconds * self._turn()
+        middle = heading + turn / 2
+        self._pose = (x + way * math.cos(middle), y + way * math.sin(middle), heading + turn)
         self._time += seconds
 
     def read(self) -> Reading:
         if not self._open:
             raise DriverError("fake: read before open; call open() first")
-        speed, steering = self._command
-        x, y, heading = self._pose
-        turn = speed * math.tan(steering) / 0.3
+        (speed, steering), turn, (x, y, heading) = self._command, self._turn(), self._pose
         values = {
             "accel": (0.0, speed * turn, 9.81), "gyro": (0.0, 0.0, turn), "shock": (abs(speed * turn),),
             "velocity": (speed, 0.0), "wheel_speed": (speed,), "steering": (steering,),
@@ -78,12 +68,15 @@ class Fake:
 
     def place(self, pose: tuple[float, float, float]) -> None:
         """Stand still at (x m, y m, heading rad)."""
-        self._pose, self._command = np.array(pose, np.float64), np.zeros(2)
+        self._pose, self._command = pose, np.zeros(2)
 
     def truth(self) -> dict[str, float]:
         """What the readings say, and no contacts: there are no walls."""
-        x, y, heading = map(float, self._pose)
+        x, y, heading = self._pose
         return {"x": x, "y": y, "heading": heading, "speed": float(self._command[0]), "upright": 1.0, "contacts": 0.0}
+
+    def _turn(self) -> float:
+        return float(self._command[0] * math.tan(self._command[1]) / 0.3)  # rad/s
 
 
 def fake_twin(start: tuple[float, float, float], **ignored: Any) -> Fake:

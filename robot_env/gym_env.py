@@ -20,12 +20,12 @@ def make(name: str) -> gymnasium.Env:
     """The environment of `gym:<id>`. Raises TaskError when it is unknown or its spaces do not fit."""
     try:
         env = gymnasium.make(name.removeprefix(PREFIX))
-    except (gymnasium.error.Error, ModuleNotFoundError, ImportError) as error:
+    except (gymnasium.error.Error, ImportError) as error:
         raise TaskError(f"{name}: {error}") from None
     for space, what in ((env.action_space, "action"), (env.observation_space, "observation")):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise TaskError(f"{name}: its {what} space is {space}; tether trains on one-dimensional Box spaces")
-    if not np.isfinite(env.action_space.low).all() or not np.isfinite(env.action_space.high).all():  # type: ignore[attr-defined]
+    if not env.action_space.is_bounded():  # type: ignore[attr-defined]
         raise TaskError(f"{name}: its action space is unbounded; wrap it in a bounded one")
     return env
 
@@ -35,8 +35,7 @@ def declare(env: gymnasium.Env, hz: float) -> tuple[tuple[Channel, ...], Command
     size, box = env.observation_space.shape[0], env.action_space  # type: ignore[index]
     channel = Channel("observation", size, "1", hz, 0.0, (1.0,) * size)
     low, high = tuple(map(float, box.low)), tuple(map(float, box.high))  # type: ignore[attr-defined]
-    n = len(low)
-    rest = tuple((a + b) / 2 for a, b in zip(low, high))
+    n, rest = len(low), tuple(((box.low + box.high) / 2).tolist())  # type: ignore[attr-defined]
     names = tuple(f"action{i}" for i in range(n))
     return (channel,), Command(names, ("1",) * n, low, high, low, high, (np.inf,) * n, rest)
 
@@ -101,16 +100,14 @@ class GymEnv(gymnasium.Env):
         self.action = task.rest
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (command.size,), np.float32)
         self.observation_space = env.observation_space
-        self._seq, self._ticks, self._segment = 0, 0, 0
+        self._seq, self._ticks, self._open = 0, 0, False
         self._reading = self._read(np.zeros(task.observation_size))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Close the segment and start an episode. `seed` as in Gymnasium."""
-        if self._segment:
-            self._emit(self._reading, None, 0.0, False, False)
-        self._segment = 0
+        self._end_segment()
         obs, info = self.env.reset(seed=seed, options=options)
         self._reading = self._read(obs)
         return self._reading.values["observation"], info
@@ -123,31 +120,30 @@ class GymEnv(gymnasium.Env):
         obs, reward, terminated, truncated, info = self.env.step(native)
         before, self._reading = self._reading, self._read(obs)
         self._ticks += 1
-        self._segment += 1
+        self._open = True
         self._emit(before, self.action, float(reward), bool(terminated), bool(truncated and not terminated))
         return self._reading.values["observation"], float(reward), bool(terminated), bool(truncated), info
 
     def close(self) -> None:
         """End the open segment."""
-        if self._segment:
-            self._emit(self._reading, None, 0.0, False, False)
-            self._segment = 0
+        self._end_segment()
         self.env.close()
 
-    def _read(self, obs: np.ndarray) -> Reading:
-        values = {"observation": np.asarray(obs, np.float32).copy()}
-        return Reading(values, {"observation": self._time()})
+    def _end_segment(self) -> None:
+        if self._open:
+            self._emit(self._reading, None, 0.0, False, False)
+        self._open = False
 
-    def _time(self) -> float:
-        return self._ticks / self.task.spec.hz
+    def _read(self, obs: np.ndarray) -> Reading:
+        return Reading({"observation": np.array(obs, np.float32)}, {"observation": self._ticks / self.task.spec.hz})
 
     def _emit(
         self, reading: Reading, action: np.ndarray | None, reward: float, terminated: bool, truncated: bool
     ) -> None:
         self._seq += 1
+        now = self._ticks / self.task.spec.hz
         record = Record(
-            seq=self._seq, time=self._time(), reading=reading, action=action, reward=reward,
-            terminated=terminated, truncated=truncated, source=self.source, version=self.version, events={},
+            self._seq, now, reading, action, reward, terminated, truncated, self.source, self.version, {}
         )
         for observer in self.on_record:
             observer(record)

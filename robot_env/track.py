@@ -102,39 +102,28 @@ def read_csv(
     except (OSError, UnicodeDecodeError) as error:
         raise TrackError(f"{path}: cannot be read as a centre-line CSV: {error}") from None
     names = ["x_m", "y_m"] + ["w_tr_right_m", "w_tr_left_m"] * (width_m is None)
-    columns: list[int] = []
+    header: list[str] = []
     rows: list[list[float]] = []
     for number, line in enumerate(lines, 1):
-        cells = [c.strip() for c in line.lstrip("# \t").split(",")]
-        if not columns and {"x_m", "y_m"} & set(cells):
-            missing = ", ".join(n for n in names if n not in cells)
-            if missing:
-                raise TrackError(f"{path}:{number}: no column {missing}; add it, or --width for widths")
-            columns = [cells.index(n) for n in names]
-        elif line.strip() and not line.lstrip().startswith("#"):
-            rows.append(_numbers(cells, columns))
-            if not columns:
-                raise TrackError(f"{path}:{number}: begin with '# x_m,y_m,w_tr_right_m,w_tr_left_m'")
-            if not rows[-1]:
+        cells = [c.strip() for c in line.strip("# \t").split(",")]
+        if "x_m" in cells:
+            header = cells
+        elif line.strip() and not line.startswith("#"):
+            try:
+                rows.append([float(cells[header.index(name)]) for name in names])
+                if not np.isfinite(rows[-1]).all() or min(rows[-1][2:], default=0.0) < 0:
+                    raise ValueError("a number that cannot be")
+            except (ValueError, IndexError) as error:
                 raise TrackError(
-                    f"{path}:{number}: {line.strip()[:80]!r} is not {', '.join(names)}: finite numbers, "
-                    "no negative widths; correct or delete the line"
-                )
+                    f"{path}:{number}: {line[:80]!r}: {error}; every line gives {', '.join(names)} in m, below a line "
+                    "'# x_m,y_m,w_tr_right_m,w_tr_left_m' (with --width no w are needed)"
+                ) from None
     if len({(x, y) for x, y, *_ in rows}) < 4:
         raise TrackError(f"{path}: {len(rows)} points; a closed track needs at least 4 different ones")
     table = np.array(rows)
     track = Line.from_points(table[:, :2], True)
     scale = (length_m or track.length) / track.length
     return track.points * scale, width_m or float(np.median(table[:, 2:].sum(axis=1))) * scale
-
-
-def _numbers(cells: list[str], columns: list[int]) -> list[float]:
-    """x, y and maybe widths of one line; empty if they are not usable."""
-    try:
-        row = [float(cells[c]) for c in columns]
-    except (ValueError, IndexError):
-        return []
-    return row if all(abs(v) <= 1e6 for v in row) and min(row[2:], default=0.0) >= 0 else []
 
 
 def resample(polyline: np.ndarray, spacing: float, loop: bool) -> np.ndarray:
@@ -179,19 +168,17 @@ def walls(centerline: np.ndarray, width_m: float, loop: bool = True) -> list[np.
         kept = offset[nearest > width_m / 2 - 1e-4]
         breaks = np.flatnonzero(np.hypot(*(np.roll(kept, -1, axis=0) - kept).T) > 4 * step)
         kept = np.roll(kept, -1 - breaks[0], axis=0) if len(breaks) else kept
-        runs += np.split(kept, breaks[1:] - breaks[:1])
-    runs = [run for run in runs if len(run)]
+        runs += [run for run in np.split(kept, breaks[1:] - breaks[:1]) if len(run) > 1]
     closed = []
-    while runs:
-        chain = [runs.pop()]
-        while True:
-            starts = np.array([chain[0][0], *(run[0] for run in runs)])
-            nearest_start = int(np.hypot(*(starts - chain[-1][-1]).T).argmin())
-            if nearest_start == 0:
-                break
-            chain.append(runs.pop(nearest_start - 1))
-        closed.append(Line.from_points(np.vstack(chain), True))
-    closed = [c for c in closed if c.length > 8 * step]
+    while runs:  # where two sides meet, the end of one run is beside the start of another
+        run = runs.pop()
+        starts = np.array([r[0] for r in [run, *runs]])
+        following = int(np.hypot(*(starts - run[-1]).T).argmin())
+        if following:
+            runs.append(np.vstack((run, runs.pop(following - 1))))
+        else:
+            closed.append(Line.from_points(run, True))
+    closed = [c for c in closed if c.length > 8 * step]  # less is no wall
     return [_thin(c.corners)[:-1] for c in sorted(closed, key=lambda c: -c.length)]
 
 

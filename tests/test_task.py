@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tether.launch import catalog
-from tether.robot_env import task
 from tether.robot_env.task import TaskError, load, parse, shipped
 
 GOOD = """
@@ -51,24 +50,24 @@ WRONG = {  # what is replaced, with what, and what the error names
     "an unknown key": ("hz = 10", "hz = 10\nspeed = 3", "unknown key task.speed; valid are robot, kind, hz"),
     "a key of the course": ("loop = true", "lop = true", "unknown key course.lop"),
     "a key of a checkpoint": ("radius_m = 0.8", "r = 0.8", r"unknown key checkpoint\[0\].r"),
-    "no rate": ("hz = 10\n", "", r"\[task\] hz is missing"),
-    "text for a number": ("hz = 10", 'hz = "10"', "task.hz must be a number, not '10'"),
+    "no rate": ("hz = 10\n", "", "task.hz is missing; it must be a number"),
+    "text for a number": ("hz = 10", 'hz = "10"', "task.hz must be a number from 0.1 to 1000, not '10'"),
     "a truth for a number": ("hz = 10", "hz = true", "task.hz must be a number"),
     "infinity": ("episode_s = 60", "episode_s = inf", "task.episode_s must be a number"),
-    "too fast": ("hz = 10", "hz = 1e9", "task.hz = 1e[+]?09 is out of range"),
-    "a share over one": ("hindsight = 0.5", "hindsight = 2", "task.hindsight = 2 is out of range"),
+    "too fast": ("hz = 10", "hz = 1e9", "task.hz must be a number from 0.1 to 1000, not 1000000000.0"),
+    "a share over one": ("hindsight = 0.5", "hindsight = 2", "task.hindsight must be a number from 0 to 1, not 2"),
     "a number for a truth": ("loop = true", "loop = 1", "course.loop must be true or false"),
-    "an unknown kind": ('kind = "course"', 'kind = "fly"', "task.kind = 'fly' is unknown"),
-    "a module path": ('robot = "car"', 'robot = "os:system"', "from the catalog, not a module path"),
-    "a dotted path": ('robot = "car"', 'robot = "my.robot"', "from the catalog, not a module path"),
-    "a number for a name": ('robot = "car"', "robot = 3", "task.robot must be a name in quotes"),
-    "few points": (", [10.0, 10.0], [0.0, 10.0]]", "]", "course.centerline has 2 points"),
-    "a point in 3D": ("[10.0, 10.0]", "[10.0, 10.0, 1.0]", r"course.centerline\[2\] must be 2 numbers"),
+    "an unknown kind": ('kind = "course"', 'kind = "fly"', "task.kind must be one of course, not 'fly'"),
+    "a module path": ('robot = "car"', 'robot = "os:system"', "in the catalog, not a module path"),
+    "a dotted path": ('robot = "car"', 'robot = "my.robot"', "in the catalog, not a module path"),
+    "a number for a name": ('robot = "car"', "robot = 3", "task.robot must be the name of a robot .* not 3"),
+    "few points": (", [10.0, 10.0], [0.0, 10.0]]", "]", "course.centerline must be 4 or more points"),
+    "a point in 3D": ("[10.0, 10.0]", "[10.0, 10.0, 1.0]", r"course.centerline must be 4 or more points \[x, y\] in m"),
     "no width": ("width_m = 2.0\n", "", "course.width_m is missing"),
     "a checkpoint in the wall": ("at = [5.0, 0.0]", "at = [5.0, 1.2]", r"checkpoint\[0\].at .* outside"),
     "a checkpoint nowhere": ("at = [5.0, 0.0]\n", "", r"checkpoint\[0\].at is missing"),
-    "a flat checkpoint": ("at = [5.0, 0.0]", "at = 5.0", r"checkpoint\[0\].at must be 2 numbers"),
-    "a radius of nothing": ("radius_m = 0.8", "radius_m = 0", r"checkpoint\[0\].radius_m = 0 is out"),
+    "a flat checkpoint": ("at = [5.0, 0.0]", "at = 5.0", r"checkpoint\[0\].at must be a point"),
+    "a radius of nothing": ("radius_m = 0.8", "radius_m = 0", r"checkpoint\[0\].radius_m must be a number from"),
     "one checkpoint": ("[[checkpoint]]\nat = [10.0, 5.0]\n", "", "at least 2"),
     "a checkpoint table": ("[[checkpoint]]\nat = [10.0, 5.0]", "", "at least 2"),
     "a wide limit": ("max_speed_mps = 3.0", 'max_speed_mps = "3"', "gate.max_speed_mps must be a number"),
@@ -110,13 +109,10 @@ def test_a_task_that_is_not_there_names_the_choices(name):
         load(name)
 
 
-def test_a_huge_or_binary_file_is_refused(tmp_path, monkeypatch):
+def test_a_binary_file_is_refused(tmp_path):
     file = tmp_path / "x.toml"
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TaskError, match="cannot be read"):
-        load(str(file))
-    monkeypatch.setattr(task, "MAX_FILE_BYTES", 2)
-    with pytest.raises(TaskError, match="larger than 2 bytes"):
         load(str(file))
 
 
