@@ -77,7 +77,7 @@ class Pilot:
     def wait(self, link: ActorLink, stop: Stop) -> None:
         """Wait for the first weights: nothing moves before."""
         while not _asked(stop, link):
-            newest = link.wait_weights(0.5)
+            newest = link.weights(0.5)
             if newest is not None:
                 return self.take(*newest)
 
@@ -108,8 +108,8 @@ def act(
         link.send(record.seq, encode(record))
         steps += record.action is not None
         on_step()
-        while lockstep and link.run_until <= steps and not _asked(stop, link):
-            link.wait_run_until(steps + 1, timeout=0.5)
+        while lockstep and not link.wait_run_until(steps + 1, timeout=0.5) and not _asked(stop, link):
+            pass
         if _asked(stop, link) and record.source == "reset":
             raise Stopped
 
@@ -144,7 +144,7 @@ def serve(
     link = ActorLink(address)
     left = 0
     try:
-        orders = link.start(on_wait=lambda waited: _give_up(stop, link))
+        orders = link.start(on_wait=lambda: _give_up(stop, link))
         spec = catalog.spec_of(str(orders["task"]), str(orders["name"]))
         if task is not None and catalog.load_spec(task).text != spec.text:
             raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
@@ -207,8 +207,8 @@ def _give_up(stop: Stop, link: ActorLink) -> None:
 
 
 def _asked(stop: Stop, link: ActorLink) -> bool:
-    if link.stopped.is_set() and not stop.reason:
-        stop.reason = "the learner said stop"
+    if link.stopped and not stop.reason:
+        stop.reason = f"the learner said stop: {link.stopped}"
     if stop.parent is not None and os.getppid() != stop.parent and not stop.reason:
         stop.reason = "the run it belongs to is gone"
     return bool(stop.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,7 +66,6 @@ class Journal:
     def close(self) -> None:
         """Let go of the files."""
         for writer in self._writers.values():
-            writer.sync()
             writer.close()
 
 
@@ -138,14 +138,14 @@ class Learner:
 
     def _measure(self) -> None:
         values = self.trainer.metrics()
-        actors = self.link.status()
-        values["link/steps_received"] = sum(a["received"] for a in actors.values())
+        actors = self.link.status().values()
+        values["link/steps_received"] = sum(actor.received for actor in actors)
         values["link/weights_version"] = self._version
-        ages = [a["weights_age_s"] for a in actors.values() if a["weights_age_s"] >= 0]
+        ages = [time.monotonic() - actor.weights_at for actor in actors if actor.weights_at < math.inf]
         if ages:
             values["link/weights_age_s"] = max(ages)
-        for actor in actors.values():
-            values |= actor["stats"]
+        for actor in actors:
+            values |= actor.report["stats"]
         self.log.write(self.trainer.steps, values)
 
     def _publish(self) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket as sockets
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import zmq
@@ -15,6 +14,7 @@ import zmq
 from .wire import WireError
 
 LINGER_MS = 300  # for the last messages at close
+TICK_MS = 50  # at most between two turns
 OPTIONS = {
     zmq.MAXMSGSIZE: 1 << 20, zmq.SNDHWM: 64, zmq.RCVHWM: 64, zmq.LINGER: 0, zmq.HANDSHAKE_IVL: 3000,
     zmq.HEARTBEAT_IVL: 500, zmq.HEARTBEAT_TIMEOUT: 1500, zmq.HEARTBEAT_TTL: 2000, zmq.RECONNECT_IVL: 100,
@@ -22,86 +22,84 @@ OPTIONS = {
 }
 
 
-def configure(socket: zmq.Socket, address: str) -> str:
-    """Set a socket up, before it binds or connects, for `address`, which is returned as ZeroMQ wants it.
-
-    Keys belong here. Until they exist, raises WireError for an address off loopback.
-    """
-    match = re.fullmatch(r"tcp://([^:/]+):(\*|\d{1,5})", address)
-    if match is None or (match[2] != "*" and int(match[2]) > 65535):
-        raise WireError(f"{address!r} is not an address; it looks like tcp://127.0.0.1:5555")
-    host, loopback = "127.0.0.1" if match[1] == "localhost" else match[1], False
-    with suppress(ValueError):
-        loopback = ipaddress.ip_address(host).is_loopback
-    if not loopback:
+def checked(address: str) -> str:
+    """`address` as ZeroMQ wants it. Until there are keys, raises WireError for one off loopback."""
+    match = re.fullmatch(r"tcp://(?:localhost|127(?:\.\d{1,3}){3}):(?:\*|(\d{1,5}))", address)
+    if match is None or int(match[1] or 0) > 65535:
         raise WireError(
-            f"{address} is not on this machine: the link has no keys yet, so it works on "
-            "tcp://127.0.0.1:PORT only; between machines use a tunnel: "
-            "`ssh -L 5555:127.0.0.1:5555 WORKSTATION`"
+            f"{address!r}: the link has no keys yet, so it works on this machine only, at an address like "
+            "tcp://127.0.0.1:5555; between machines use a tunnel: `ssh -L 5555:127.0.0.1:5555 WORKSTATION`"
         )
-    for option, value in OPTIONS.items():
-        socket.setsockopt(option, value)
-    socket.setsockopt(zmq.ROUTER_MANDATORY if socket.type == zmq.ROUTER else zmq.IMMEDIATE, 1)
-    return f"tcp://{host}:{match[2]}"
+    return address.replace("localhost", "127.0.0.1")
 
 
 class Pump:
     """A socket and the one thread that touches it.
 
-    The thread calls `turn(messages that came)`, which says for how many milliseconds to sleep at most, or
-    None to end. `changed` guards what the thread shares with others; an error of the thread is kept for them.
+    The thread calls `turn(messages that came)`, at least every TICK_MS; it returns True to be called again at
+    once, None to end. `changed` guards what the thread shares with others; an error of the thread is kept
+    for them.
     """
 
-    def __init__(self, kind: int, address: str, turn: Callable[[list[list[bytes]]], int | None]) -> None:
+    def __init__(self, kind: int, address: str) -> None:
+        where = checked(address)
         self.changed = threading.Condition()
         self.error: BaseException | None = None
-        self._turn = turn
         self._context = zmq.Context()
         self._socket = self._context.socket(kind)
+        must = zmq.ROUTER_MANDATORY if kind == zmq.ROUTER else zmq.IMMEDIATE
+        for option, value in (OPTIONS | {must: 1}).items():  # keys belong here
+            self._socket.setsockopt(option, value)
         try:
-            where = configure(self._socket, address)
             self._socket.bind(where) if kind == zmq.ROUTER else self._socket.connect(where)
-        except (zmq.ZMQError, WireError) as error:
+        except zmq.ZMQError as error:
             self._context.destroy(0)
-            if isinstance(error, WireError):
-                raise
             raise WireError(
                 f"cannot listen on {address}: {error.strerror}; stop what runs there "
                 "(another `tether learner` or `tether run`?), or choose another port with --bind"
             ) from None
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._bell, self._ear = sockets.socketpair()
-        for end in (self._bell, self._ear):
-            end.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
 
-    def start(self) -> None:
+    def start(self, turn: Callable[[list[list[bytes]]], bool | None]) -> None:
         """Let the thread run."""
+        self._thread = threading.Thread(target=self._run, args=(turn,), name="link", daemon=True)
         self._thread.start()
-
-    def wake(self) -> None:
-        """Have a turn now; from any thread."""
-        with suppress(OSError):  # it is awake already, or closed
-            self._bell.send(b"!")
 
     def send(self, frames: list[bytes]) -> bool:
         """From the thread only. False when the pipe is full or nobody is connected."""
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
             return False
         return True
 
-    def wait(self, ready: Callable[[], Any], timeout: float | None) -> None:
-        """Holding `changed`: wait until `ready`, or until the thread failed, which is raised here."""
-        self.changed.wait_for(lambda: ready() or self.error, timeout)
-        self.check()
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Hold `changed` to tell the thread something, which then has a turn. Raises the thread's error."""
+        with self.changed:
+            self.check()
+            yield
+        self.wake()
+
+    def wake(self) -> None:
+        """Have a turn now; from any thread."""
+        with suppress(OSError):  # it is awake already, or closed
+            self._bell.send(b"!", sockets.MSG_DONTWAIT)
+
+    def wait(self, ready: Callable[[], Any], timeout: float | None) -> bool:
+        """Wait until `ready`, or until the thread failed, which is raised here; whether it is ready."""
+        with self.changed:
+            self.changed.wait_for(lambda: ready() or self.error, timeout)
+            self.check()
+            return bool(ready())
 
     def check(self) -> None:
         """Raise the error of the thread, if it had one."""
         if self.error is not None:
-            prefix = "" if isinstance(self.error, WireError) else "the link failed: "
-            raise WireError(f"{prefix}{self.error}") from self.error
+            raise WireError(f"the link failed: {self.error}") from self.error
 
     def fail(self, error: BaseException) -> None:
         """End the thread with an error for whoever calls next."""
@@ -117,21 +115,20 @@ class Pump:
         self._bell.close()
         self._ear.close()
 
-    def _run(self) -> None:
+    def _run(self, turn: Callable[[list[list[bytes]]], bool | None]) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._ear.fileno(), zmq.POLLIN)
-        sleep_ms: int | None = 0
+        poller.register(self._ear, zmq.POLLIN)
+        again: bool | None = True
         try:
-            while sleep_ms is not None and self.error is None:
-                poller.poll(sleep_ms)
-                with suppress(BlockingIOError):
+            while again is not None and self.error is None:
+                if self._ear.fileno() in dict(poller.poll(0 if again else TICK_MS)):
                     self._ear.recv(4096)
                 came: list[list[bytes]] = []
                 with suppress(zmq.Again):
                     while len(came) < 64:
                         came.append(self._socket.recv_multipart(zmq.NOBLOCK))
-                sleep_ms = self._turn(came)
+                again = turn(came)
         except BaseException as error:  # noqa: BLE001 - comes back from the next call
             self.fail(error)
         finally:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
-from ..robot_env.record import MAX_PAYLOAD
 from .wire import MAX_BATCH, MAX_BODY, WireError
 
 MAX_SPOOL = 256 << 20  # bytes an actor keeps while the learner is away
@@ -30,8 +30,6 @@ class Spool:
         """Keep a record. Raises WireError when it is out of order or does not fit."""
         if seq != self.next_seq:
             raise WireError(f"record {seq} came where {self.next_seq} was due")
-        if len(payload) > MAX_PAYLOAD:
-            raise WireError(f"record {seq} has {len(payload)} bytes, more than {MAX_PAYLOAD}")
         if self._bytes + len(payload) > MAX_SPOOL:
             raise WireError(f"{len(self)} records wait and no more fit: start `tether learner` again")
         self._payloads.append(payload)
@@ -45,10 +43,10 @@ class Spool:
 
     def batch(self, seq: int) -> list[bytes]:
         """The records from `seq` on that fit one message."""
-        found, room = [], MAX_BODY
-        for at in range(seq - self.first, min(seq - self.first + MAX_BATCH, len(self._payloads))):
-            room -= len(self._payloads[at]) + 4
+        found, room, at = [], MAX_BODY, seq - self.first
+        for payload in islice(self._payloads, at, at + MAX_BATCH):
+            room -= len(payload) + 8  # as msgpack frames it
             if room < 0:
                 break
-            found.append(self._payloads[at])
+            found.append(payload)
         return found

@@ -2,21 +2,20 @@
 
 Records go to the learner in order, each once: the sender keeps them until they are acknowledged and goes back
 to the first unacknowledged one after a second without progress or a new connection (go-back-N); the learner
-takes only the one it expects. Weights and permissions to go on (`run_until`) come back on the same socket.
+takes only the one it expects. Weights, which the actor asks for chunk by chunk, and permissions to go on
+(`run_until`) come back on the same socket.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version as installed
-from typing import Any, TypeVar
+from typing import Any
 
+import msgpack
 import numpy as np
 import zmq
 
@@ -31,43 +30,31 @@ GO_BACK_S = 1.0
 STATUS_S = 0.5
 HELLO_S = 1.0  # between two attempts
 GONE_S = 5.0  # an actor silent for so long does not count as connected
-RETRY_MS, IDLE_MS = 20, 500  # until a full or unconnected pipe is tried again; at most between two turns
 MAX_STREAMS = 1024  # in a learner's life
 MAX_QUEUED = 8192  # records the learner's main thread may lag behind
-
-T = TypeVar("T")
+NOBODY = "0" * 16  # stands in for the stream of an actor that asks what there is to do
 
 
 @dataclass
-class _Stream:
+class Stream:
     """What the learner knows of one stream, and of the actor that sends it."""
 
     expected: int  # next sequence number
-    name: str = ""
     meta: Meta | None = None
     route: bytes = b""  # ROUTER identity of the actor's connection; empty: none
     run_until: int = 0
-    ack_due: bool = False
-    seen: float = -math.inf
-    state: str = "away"
-    spool: int = 0
-    weights_version: int = 0
-    stats: dict[str, float] = field(default_factory=dict)
+    told: tuple[int, int, int, str] | None = None  # what the last ACK said; None: one is due
+    want: int | None = None  # offset of the chunk of weights that was asked for
     received: int = 0
     missing: int = 0  # records that the actor said will never come
-    transfer: wire.Weights | None = None  # being sent, or sent and not yet answered
-    messages: Iterator[list[bytes]] = iter(())
-    pending: list[bytes] | None = None  # the next of them
-    sent_bytes: int = 0  # of the transfer, and how many of them came
-    came_bytes: int = 0
-    refused: tuple[int, str] = (0, "")  # version of the weights, reason
+    weights_at: float = math.inf  # when the actor's weights were published
+    seen: float = -math.inf
+    report: dict[str, Any] = field(default_factory=lambda: {"state": "run", "stats": {}})  # its last STATUS
 
-
-def _checked(parse: Callable[[bytes], T], data: bytes) -> T:
-    try:
-        return parse(data)
-    except RecordError as error:
-        raise WireError(str(error)) from None
+    @property
+    def connected(self) -> bool:
+        """Whether its actor is there and has not said goodbye."""
+        return time.monotonic() - self.seen < GONE_S and self.report["state"] != "closed"
 
 
 class LearnerLink:
@@ -75,474 +62,332 @@ class LearnerLink:
 
     `journal(meta, first_seq, payloads)` stores records before they are acknowledged; it runs in the network
     thread. `expected` maps stream -> next sequence number, to go on with streams of an earlier life.
-    `spec` is the description actors must agree with, `welcome` what they are told when they ask (JSON).
+    `spec` is the description actors must agree with, `welcome` what they are told when they ask.
     Every call raises WireError, also for an error of the thread.
     """
 
     def __init__(
         self, bind: str, spec: Meta | None, welcome: Mapping[str, Any],
-        journal: Callable[[Meta, int, list[bytes]], None] | None = None,
+        journal: Callable[[Meta, int, list[bytes]], None],
         expected: Mapping[str, int] | None = None,
     ) -> None:
-        self._spec, self._welcome, self._journal = spec, wire.pack_json(welcome), journal
-        self._session = secrets.token_hex(8)
-        self._streams = {name: _Stream(seq, name) for name, seq in (expected or {}).items()}
-        self._routes: dict[bytes, _Stream] = {}
+        self._spec, self._welcome, self._journal = spec, msgpack.packb(welcome), journal
+        self._streams = {name: Stream(seq) for name, seq in (expected or {}).items()}
         self._queue: deque[tuple[str, Record]] = deque()
-        self._weights: wire.Weights | None = None
-        self._published: dict[int, float] = {}
+        self._weights = wire.Weights(0, b"", "", "")
+        self._published_at = math.inf
         self._stop, self._closing = "", False
         self.malformed = 0  # messages dropped
-        self._pump = Pump(zmq.ROUTER, bind, self._turn)
+        self._pump = Pump(zmq.ROUTER, bind)
         self.address = self._pump.address
-        self._pump.start()
+        self._pump.start(self._turn)
 
     def poll(self, timeout: float = 0.0) -> list[tuple[str, Record]]:
         """(stream, record) of all that came since the last call; waits up to `timeout` s for the first.
 
         A jump in a stream's sequence numbers means that the records between are lost for good.
         """
-        with self._pump.changed:
-            self._pump.wait(lambda: self._queue, timeout)
-            found = list(self._queue)
-            self._queue.clear()
-        return found
+        self._pump.wait(lambda: self._queue, timeout)
+        return [self._queue.popleft() for _ in range(len(self._queue))]
 
     def set_run_until(self, stream: str, step: int) -> None:
         """Let the actor of `stream` go up to `step`; never less than before."""
-        with self._pump.changed:
-            self._pump.check()
-            entry = self._streams.get(stream)
-            if entry is None or step <= entry.run_until:
-                return
-            entry.run_until, entry.ack_due = step, True
-        self._pump.wake()
+        entry = self._streams.get(stream)
+        if entry is not None and step > entry.run_until:
+            with self._pump.sharing():
+                entry.run_until = step
 
     def publish(self, version: int, params: Mapping[str, np.ndarray]) -> None:
-        """Send weights to every actor, now and whenever one connects. They must be finite and newer."""
+        """Offer weights to every actor, now and whenever one connects. They must be finite and newer."""
         weights = wire.pack_weights(version, params)
-        with self._pump.changed:
-            self._pump.check()
-            if self._weights is not None and version <= self._weights.version:
+        with self._pump.sharing():
+            if version <= self._weights.version:
                 raise WireError(f"weights {version} are not newer than {self._weights.version}")
-            self._weights = weights
-            self._published[version] = time.monotonic()
-            if len(self._published) > 256:
-                self._published.pop(next(iter(self._published)))
-        self._pump.wake()
+            self._weights, self._published_at = weights, time.monotonic()
 
-    def status(self) -> dict[str, dict[str, Any]]:
-        """What is known of every stream and its actor; ages in seconds, -1 where there is none."""
-        now = time.monotonic()
-        with self._pump.changed:
-            self._pump.check()
-            return {name: {
-                "state": s.state if now - s.seen < GONE_S else "away",
-                "age_s": now - s.seen if s.seen > 0 else -1.0,
-                "received": s.received, "missing": s.missing, "spool": s.spool, "run_until": s.run_until,
-                "weights_version": s.weights_version, "weights_refused": s.refused[1], "stats": s.stats,
-                "weights_age_s": now - self._published.get(s.weights_version, now + 1.0),
-            } for name, s in self._streams.items()}
+    def status(self) -> dict[str, Stream]:
+        """What is known of every stream and its actor, to be looked at only."""
+        self._pump.check()
+        return dict(self._streams)
 
     def stop(self, reason: str) -> None:
         """Tell every actor, those that connect later too, to end cleanly."""
-        with self._pump.changed:
+        with self._pump.sharing():
             self._stop = wire.clip(reason) or "stop"
-            for stream in self._streams.values():
-                stream.ack_due = True  # STOP goes with it
-        self._pump.wake()
 
     def wait_closed(self, timeout: float) -> bool:
         """Wait until every connected actor has ended, and so delivered what it had."""
-        def ended() -> bool:
-            since = time.monotonic() - GONE_S
-            return all(s.state in ("away", "closed") or s.seen < since for s in self._streams.values())
-
-        with self._pump.changed:
-            self._pump.wait(ended, timeout)
-            return ended()
+        return self._pump.wait(lambda: not any(s.connected for s in self._streams.values()), timeout)
 
     def close(self) -> None:
         """Send what is due and let go of the address. Idempotent."""
         self._closing = True
         self._pump.close()
 
-    def _turn(self, came: list[list[bytes]]) -> int | None:
-        closing = self._closing
+    def _turn(self, came: list[list[bytes]]) -> bool | None:
         with self._pump.changed:
             for route, *frames in came:
                 self._take(route, frames)
-            if came:
-                self._pump.changed.notify_all()
-            sleep_ms = min((self._serve(s) for s in self._streams.values() if s.route), default=IDLE_MS)
-        return None if closing else sleep_ms
+            for stream in self._streams.values():
+                if stream.route:
+                    self._serve(stream)
+            self._pump.changed.notify_all()
+            return None if self._closing else False
 
     def _send(self, route: bytes, kind: str, body: bytes = b"", **fields: Any) -> bool:
-        return self._send_frames(route, wire.encode(kind, body, **fields))
+        return self._pump.send([route, *wire.encode(kind, body, **fields)])
 
-    def _send_frames(self, route: bytes, frames: list[bytes]) -> bool:
-        try:
-            return self._pump.send([route, *frames])
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            if route in self._routes:  # gone; it will say HELLO when it is back
-                self._routes.pop(route).route = b""
-            return False
+    def _serve(self, stream: _Stream) -> None:
+        """Send one actor what is due; what the pipe does not take now stays due."""
+        news = stream.expected - 1, stream.run_until, self._weights.version, self._stop
+        if news != stream.told:
+            sent = self._send(stream.route, "ACK", seq=news[0], run_until=news[1], weights=news[2])
+            sent = sent and (not self._stop or self._send(stream.route, "STOP", reason=self._stop))
+            stream.told = news if sent else None
+        if stream.want is not None and self._weights.version:
+            if self._pump.send([stream.route, *self._weights.chunk(stream.want)]):
+                stream.want = None
 
     def _take(self, route: bytes, frames: list[bytes]) -> None:
         try:
             message = wire.decode(frames, "actor")
-            stream, fields = self._routes.get(route), message.fields
+            stream = self._streams.get(message.fields["stream"])
             if message.kind == "HELLO":
                 self._on_hello(route, message)
-            elif stream is None or stream.meta is None or fields.get("stream_id", stream.name) != stream.name:
+            elif stream is None or stream.meta is None or stream.route != route:
                 self._send(route, "REFUSE", reason="say HELLO first", again=True)
             else:
-                stream.seen = time.monotonic()
-                getattr(self, f"_on_{message.kind.lower()}")(stream, stream.meta, message)
+                stream.seen, stream.told = time.monotonic(), None
+                self._on_message(stream, stream.meta, message)
         except VersionError as error:
             self.malformed += 1
             self._send(route, "REFUSE", reason=wire.clip(str(error)), again=False)
-        except WireError:
+        except (WireError, RecordError):
             self.malformed += 1  # dropped; whoever sent it is served on
 
     def _on_hello(self, route: bytes, message: Message) -> None:
-        fields, reason = message.fields, ""
+        name, first, after = (message.fields[key] for key in ("stream", "first", "next"))
         if not message.body:  # asks what there is to do
-            self._welcome_to(route, _Stream(1), self._welcome)
+            self._send(route, "WELCOME", self._welcome, stream=name)
             return
-        meta = _checked(Meta.from_json, message.body)
-        first, after = fields["first_seq"], fields["next_seq"]
-        stream = self._streams.get(meta.stream) or _Stream(first, meta.stream)
+        meta, reason = Meta.from_json(message.body), ""
+        stream = self._streams.get(name) or Stream(first)
         lines = self._spec.differences(meta) if self._spec is not None else []
-        if (meta.stream, meta.spec_hash) != (fields["stream_id"], fields["spec_hash"]):
-            raise WireError("HELLO contradicts its body")
+        full = len(self._streams) >= MAX_STREAMS and name not in self._streams
         if lines:
             reason = "the actor's robot is not the one this learner trains (here: the learner)"
-        elif not 1 <= first <= after or stream.expected > after or len(self._streams) > MAX_STREAMS:
+        elif meta.stream != name or not 1 <= first <= after or stream.expected > after or full:
             reason = "this stream cannot go on here: start the actor again"
         if reason:
             self._send(route, "REFUSE", "\n".join(lines).encode()[:MAX_BODY], reason=reason, again=False)
             return
-        for other in self._streams.values():  # one stream a connection, one connection a stream
-            other.route = b"" if other.route == route else other.route
-        self._routes.pop(stream.route, None)
-        self._routes[route] = self._streams[meta.stream] = stream
-        stream.meta, stream.route, stream.state, stream.transfer = meta, route, "run", None
-        stream.seen, stream.spool = time.monotonic(), fields["spool"]
-        stream.weights_version, stream.refused = fields["weights_version"], (0, "")
-        stream.ack_due = bool(self._stop)
-        self._welcome_to(route, stream, b"")
+        self._streams[name] = stream
+        stream.meta, stream.route, stream.want, stream.told = meta, route, None, None
+        stream.seen, stream.report = time.monotonic(), stream.report | {"state": "run"}
+        self._send(route, "WELCOME", stream=name)
 
-    def _welcome_to(self, route: bytes, stream: _Stream, body: bytes) -> None:
-        newest = self._weights.version if self._weights is not None else 0
-        self._send(route, "WELCOME", body, session=self._session, expected_seq=stream.expected,
-                   weights_version=newest, run_until=stream.run_until)
-
-    def _on_data(self, stream: _Stream, meta: Meta, message: Message) -> None:
-        seq = message.fields["seq0"]
-        payloads: list[bytes] = []
-        records: list[tuple[str, Record]] = []
-        stream.ack_due = True  # also for what came before, or too early
-        for payload in wire.unpack_records(message.body, message.fields["n"]):
-            if seq == stream.expected + len(records) and len(self._queue) + len(records) < MAX_QUEUED:
-                record = _checked(decode, payload)
-                if record.seq != seq:
-                    raise WireError("a record under another number")
-                payloads.append(payload)
-                records.append((stream.name, record))
-            seq += 1
-        if records and self._journal is not None:
-            self._journal(meta, stream.expected, payloads)
-        stream.expected += len(records)
-        stream.received += len(records)
-        self._queue.extend(records)
-
-    def _on_gap(self, stream: _Stream, meta: Meta, message: Message) -> None:
-        after = message.fields["last"] + 1
-        stream.ack_due = True
-        if message.fields["first"] <= stream.expected < after:
-            stream.missing += after - stream.expected
-            stream.expected = after
-
-    def _on_status(self, stream: _Stream, meta: Meta, message: Message) -> None:
+    def _on_message(self, stream: _Stream, meta: Meta, message: Message) -> None:
         fields = message.fields
-        stream.state, stream.spool, stream.stats = fields["state"], fields["spool"], fields["stats"]
-        stream.weights_version, stream.came_bytes = fields["weights_version"], fields["weights_bytes"]
-        stream.ack_due = True
+        if message.kind == "DATA":
+            self._on_data(stream, meta, fields["seq"], wire.unpack_records(message.body))
+        elif message.kind == "GAP" and fields["first"] <= stream.expected <= fields["last"]:
+            stream.missing += fields["last"] + 1 - stream.expected
+            stream.expected = fields["last"] + 1
+        elif message.kind == "STATUS":
+            stream.report = fields
+            if fields["weights"] == self._weights.version:
+                stream.weights_at = self._published_at
+        elif message.kind == "WANT":
+            stream.want = fields["offset"] if fields["version"] == self._weights.version else 0
 
-    def _on_wresult(self, stream: _Stream, meta: Meta, message: Message) -> None:
-        number, reason = message.fields["version"], message.fields["reason"]
-        if message.fields["applied"]:
-            stream.weights_version = number
-        else:
-            stream.refused = (number, f"weights {number}: {reason}")
-        if stream.transfer is not None and stream.transfer.version == number:
-            stream.transfer = None
-
-    def _serve(self, stream: _Stream) -> int:
-        """Send one actor what is due; milliseconds until there may be more to do."""
-        if stream.ack_due:
-            sent = self._send(stream.route, "ACK", stream_id=stream.name, cum_seq=stream.expected - 1,
-                              run_until=stream.run_until)
-            if sent and self._stop:
-                sent = self._send(stream.route, "STOP", reason=self._stop)
-            stream.ack_due = not sent
-            if not sent:
-                return RETRY_MS
-        newest = self._weights
-        if newest is None:
-            return IDLE_MS
-        idle = stream.transfer is None and newest.version not in (stream.weights_version, stream.refused[0])
-        superseded = stream.transfer not in (None, newest) and stream.pending is not None
-        if idle or superseded:
-            stream.transfer, stream.messages = newest, newest.messages()
-            stream.pending = next(stream.messages)
-            stream.sent_bytes, stream.came_bytes = -len(newest.layout), 0
-        waiting = stream.sent_bytes - stream.came_bytes > wire.CHUNK  # its STATUS will ask for more
-        if stream.transfer is None or stream.pending is None or waiting:
-            return IDLE_MS
-        if not self._send_frames(stream.route, stream.pending):
-            return RETRY_MS
-        stream.sent_bytes += len(stream.pending[1])
-        stream.pending = next(stream.messages, None)
-        return 0
+    def _on_data(self, stream: _Stream, meta: Meta, first: int, payloads: list[bytes]) -> None:
+        known = stream.expected - first
+        new = payloads[known:] if 0 <= known else []
+        new = new[: MAX_QUEUED - len(self._queue)]
+        records = [decode(payload) for payload in new]
+        if [record.seq for record in records] != list(range(stream.expected, stream.expected + len(new))):
+            raise WireError("a record under another number")
+        try:
+            self._journal(meta, stream.expected, new)
+        except Exception as error:  # noqa: BLE001 - comes back from the next call; nothing is acknowledged
+            self._pump.fail(error)
+            return
+        stream.expected += len(new)
+        stream.received += len(new)
+        self._queue.extend((meta.stream, record) for record in records)
 
 
 class ActorLink:
     """The actor's end. `start` asks the learner what there is to do, `begin` opens the stream; from then
-    on only the calls named wait, and `close`, wait. Every call raises WireError, also for an error of the
-    thread.
+    on only the calls with a timeout wait. Every call raises WireError, also for an error of the thread.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.stopped = threading.Event()  # the learner said stop; see stop_reason
-        self.stop_reason = ""
+        self.stopped = ""  # why the learner said stop
         self.malformed = 0  # messages dropped
-        self._meta: Meta | None = None
+        self._stream, self._meta = NOBODY, b""  # what HELLO says
+        self._answer: bytes | None = None  # the body of the WELCOME to it, on this connection
         self._spool = Spool()
         self._sent = 0  # highest sequence number sent on this connection
         self._progress_at = 0.0  # when the window last moved
         self._inbox = wire.Inbox()
+        self._wanting = False  # a chunk of weights was asked for and has not come
         self._fresh: tuple[int, dict[str, np.ndarray]] | None = None
         self._run_until = 0
-        self._session = ""
-        self._answer: bytes | None = None  # the body of the WELCOME to what was last asked
-        self._open = False  # the learner took our HELLO on this connection
-        self._hello_at, self._status_at = 0.0, 0.0  # when they are due; infinity: not needed
+        self._hello_at, self._status_at = 0.0, 0.0  # when they are due
         self._stats: dict[str, float] = {}
-        self._outbox: deque[list[bytes]] = deque()
         self._flush_until = math.inf  # set by close
-        self._asker = secrets.token_hex(8)  # stands in for the stream until there is one
-        self._pump = Pump(zmq.DEALER, address, self._turn)
-        self._pump.start()
+        self._pump = Pump(zmq.DEALER, address)
+        self._pump.start(self._turn)
 
-    def start(
-        self, timeout: float | None = 10.0, on_wait: Callable[[float], None] | None = None
-    ) -> dict[str, Any]:
-        """What the learner tells an actor. `timeout` None: keep trying. `on_wait(seconds so far)` is called
-        twice a second meanwhile, and may raise to give up. WireError when no learner answers."""
-        return wire.unpack_json(self._await_answer(timeout, on_wait))
+    def start(self, timeout: float = 10.0, on_wait: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """What the learner tells an actor. `on_wait()` is called twice a second meanwhile, and may raise to
+        give up. WireError when no learner answers."""
+        return wire.unpack_map(self._await_answer(timeout, on_wait), max_text=MAX_BODY)
 
-    def begin(self, meta: Meta, timeout: float | None = 10.0) -> None:
+    def begin(self, meta: Meta, timeout: float = 10.0) -> None:
         """Open the stream `meta`. WireError with the differences when the learner refuses it."""
-        with self._pump.changed:
-            self._pump.check()
-            self._meta, self._answer, self._open, self._hello_at = meta, None, False, 0.0
-        self._pump.wake()
-        self._await_answer(timeout, None)
+        with self._pump.sharing():
+            self._stream, self._meta = meta.stream, meta.to_json()
+            self._answer, self._hello_at = None, 0.0
+        self._await_answer(timeout, lambda: None)
 
-    def send(self, seq: int, payload: bytes) -> None:
-        """Hand over the next record (`record.encode`). WireError when no more fit in memory."""
-        with self._pump.changed:
-            self._pump.check()
-            self._spool.append(seq, payload)
-        self._pump.wake()
-
-    def weights(self) -> tuple[int, dict[str, np.ndarray]] | None:
-        """(version, parameters) of the newest complete set, once; None when there is none since."""
-        return self.wait_weights(0.0)
-
-    def wait_weights(self, timeout: float | None) -> tuple[int, dict[str, np.ndarray]] | None:
-        """As `weights`, but waits up to `timeout` s for a set, or until the learner says stop."""
-        with self._pump.changed:
-            self._pump.wait(lambda: self._fresh or self.stopped.is_set(), timeout)
-            fresh, self._fresh = self._fresh, None
-        return fresh
-
-    @property
-    def run_until(self) -> int:
-        """The step the actor may reach."""
-        with self._pump.changed:
-            self._pump.check()
-            return self._run_until
-
-    def wait_run_until(self, step: int, timeout: float | None = None) -> bool:
-        """Wait until the actor may reach `step`; False after `timeout` s or when the learner said stop."""
-        with self._pump.changed:
-            self._pump.wait(lambda: self._run_until >= step or self.stopped.is_set(), timeout)
-            return self._run_until >= step
-
-    def report(self, stats: Mapping[str, float]) -> None:
-        """Numbers for the learner to show (at most 64); they go out twice a second."""
-        clean = {wire.clip(name): float(value) for name, value in stats.items()}
-        self._status("run", self._asker, clean)  # raises what the thread would
-        with self._pump.changed:
-            self._pump.check()
-            self._stats = clean
-
-    def close(self, timeout: float = 5.0) -> int:
-        """Deliver what is left, for at most `timeout` s, and end. Returns the records not delivered."""
-        with self._pump.changed:
-            self._flush_until = min(self._flush_until, time.monotonic() + timeout)
-        self._pump.close()
-        return len(self._spool)
-
-    def _await_answer(self, timeout: float | None, on_wait: Callable[[float], None] | None) -> bytes:
-        began, waited = time.monotonic(), 0.0
-        while True:
-            with self._pump.changed:
-                left = 0.5 if timeout is None else min(0.5, timeout - waited)
-                self._pump.wait(lambda: self._answer is not None, left)
-                if self._answer is not None:
-                    return self._answer
-            waited = time.monotonic() - began
-            if timeout is not None and waited >= timeout:
+    def _await_answer(self, timeout: float, on_wait: Callable[[], None]) -> bytes:
+        give_up_at = time.monotonic() + timeout
+        while not self._pump.wait(lambda: self._answer is not None, min(0.5, timeout)):
+            if time.monotonic() >= give_up_at:
                 raise WireError(
                     f"no learner at {self.address} after {timeout:.0f} s: start it with "
                     f"`tether learner TASK --bind {self.address}`"
                 )
-            if on_wait is not None:
-                on_wait(waited)
+            on_wait()
+        return self._answer or b""
 
-    def _turn(self, came: list[list[bytes]]) -> int | None:
+    def send(self, seq: int, payload: bytes) -> None:
+        """Hand over the next record (`record.encode`). WireError when no more fit in memory."""
+        with self._pump.sharing():
+            self._spool.append(seq, payload)
+
+    def weights(self, timeout: float = 0.0) -> tuple[int, dict[str, np.ndarray]] | None:
+        """(version, parameters) of the newest complete set, once; None when there is none since.
+
+        Waits up to `timeout` s for one, or until the learner says stop.
+        """
+        with self._pump.changed:
+            self._pump.wait(lambda: self._fresh or self.stopped, timeout)
+            fresh, self._fresh = self._fresh, None
+        return fresh
+
+    def wait_run_until(self, step: int, timeout: float) -> bool:
+        """Wait until the actor may reach `step`; False after `timeout` s or when the learner said stop."""
+        self._pump.wait(lambda: self._run_until >= step or self.stopped, timeout)
+        return self._run_until >= step
+
+    def report(self, stats: Mapping[str, float]) -> None:
+        """Numbers for the learner to show (at most 64, the finite ones); they go out twice a second."""
+        with self._pump.sharing():
+            self._stats = {wire.clip(k): float(v) for k, v in stats.items() if math.isfinite(v)}
+
+    def close(self, timeout: float = 5.0) -> int:
+        """Deliver what is left, for at most `timeout` s, and end. Returns the records not delivered."""
+        self._flush_until = min(self._flush_until, time.monotonic() + timeout)
+        self._pump.close()
+        return len(self._spool)
+
+    def _turn(self, came: list[list[bytes]]) -> bool | None:
         for frames in came:
             self._take(frames)
         with self._pump.changed:
-            if came:
-                self._pump.changed.notify_all()
-            now = time.monotonic()
-            sent = all(map(self._pump.send, self._messages(now)))
-            if now >= self._flush_until or (self._flush_until < math.inf and not len(self._spool)):
-                if self._open and self._meta is not None:
-                    self._pump.send(self._status("closed", self._meta.stream, self._stats))
-                return None
-            due = [self._hello_at, self._flush_until, now + IDLE_MS / 1000]
-            if self._open:
-                due.append(now if self._more() else self._status_at)
-            if self._open and self._sent >= self._spool.first:
-                due.append(self._progress_at + GO_BACK_S)
-        return max(0, math.ceil((min(due) - now) * 1000)) if sent else RETRY_MS
+            self._pump.changed.notify_all()
+            now, more = time.monotonic(), False
+            if self._answer is None:
+                if now >= self._hello_at and self._send("HELLO", self._meta, first=self._spool.first,
+                                                        next=self._spool.next_seq):
+                    self._hello_at = now + HELLO_S
+            elif self._meta:
+                more = self._stream_on(now)
+            if now < self._flush_until and (self._flush_until == math.inf or len(self._spool)):
+                return more
+            if self._answer is not None and self._meta:
+                self._send_status("closed")
+            return None
 
-    def _more(self) -> bool:
-        """Whether there is a record to send and the window is open."""
-        return self._spool.first - 1 <= self._sent < min(self._spool.next_seq, self._spool.first + WINDOW) - 1
-
-    def _messages(self, now: float) -> Iterator[list[bytes]]:
-        """What to send now; after each `yield` comes what to note once it is sent."""
+    def _stream_on(self, now: float) -> bool:
+        """Send the status when it is due, and a batch of records; whether there is more to send at once."""
         spool = self._spool
-        if now >= self._hello_at:
-            yield self._hello()
-            self._hello_at = now + HELLO_S
-        if not self._open or self._meta is None:
-            return
-        while self._outbox:
-            yield self._outbox[0]
-            self._outbox.popleft()
-        if self._sent >= spool.first and now - self._progress_at > GO_BACK_S:
-            self._sent, self._progress_at = spool.first - 1, now
-        self._sent = max(self._sent, spool.first - 1)  # an ack may overtake us
-        if self._more():  # one a turn, so that nobody waits long for the lock
-            if self._sent < spool.first:
-                self._progress_at = now
-            batch, seq = spool.batch(self._sent + 1), self._sent + 1
-            body = wire.pack_records(batch)
-            yield wire.encode("DATA", body, stream_id=self._meta.stream, seq0=seq, n=len(batch))
-            self._sent += len(batch)
-        if now >= self._status_at:
-            yield self._status("run", self._meta.stream, self._stats)
+        if now >= self._status_at and self._send_status("run"):
             self._status_at = now + STATUS_S
+        if self._sent < spool.first or now - self._progress_at > GO_BACK_S:
+            self._sent, self._progress_at = spool.first - 1, now
+        if self._sent + 1 - spool.first >= WINDOW:
+            return False
+        batch = spool.batch(self._sent + 1)  # one a turn, so that nobody waits long for the lock
+        if not batch or not self._send("DATA", msgpack.packb(batch), seq=self._sent + 1):
+            return False
+        self._sent += len(batch)
+        return True
 
-    def _hello(self) -> list[bytes]:
-        meta, spool = self._meta, self._spool
-        return wire.encode(
-            "HELLO", meta.to_json() if meta else b"", stream_id=meta.stream if meta else self._asker,
-            spec_hash=meta.spec_hash if meta else "", first_seq=spool.first, next_seq=spool.next_seq,
-            software=installed("tether"), spool=len(spool), weights_version=self._inbox.version,
-        )
+    def _send(self, kind: str, body: bytes = b"", **fields: Any) -> bool:
+        return self._pump.send(wire.encode(kind, body, stream=self._stream, **fields))
 
-    def _status(self, state: str, stream: str, stats: dict[str, float]) -> list[bytes]:
+    def _send_status(self, state: str) -> bool:
         inbox = self._inbox
-        return wire.encode("STATUS", stream_id=stream, state=state, spool=len(self._spool), stats=stats,
-                           weights_version=inbox.version, weights_bytes=inbox.filled)
+        return self._send("STATUS", state=state, spool=len(self._spool), weights=inbox.version,
+                          refused=inbox.refused, stats=self._stats)
 
     def _take(self, frames: list[bytes]) -> None:
         try:
             message = wire.decode(frames, "learner")
-            if message.kind in ("WBEGIN", "WCHUNK", "WEND"):
+            if message.kind == "WEIGHTS":
                 self._on_weights(message)
                 return
             with self._pump.changed:
-                getattr(self, f"_on_{message.kind.lower()}")(message)
+                getattr(self, f"_on_{message.kind.lower()}")(message.body, **message.fields)
         except VersionError as error:
             self._pump.fail(error)
         except WireError:
             self.malformed += 1
 
-    def _on_welcome(self, message: Message) -> None:
-        fields, spool = message.fields, self._spool
-        if bool(message.body) != (self._meta is None):
-            return  # the answer to an earlier question
-        if fields["session"] != self._session:  # another life of the learner counts weights anew
-            self._session, self._inbox = fields["session"], wire.Inbox()
-        expected = fields["expected_seq"]
-        if self._meta is not None:
-            if expected > spool.next_seq:
-                raise WireError("WELCOME expects a record that does not exist")
-            spool.ack(expected - 1)
-            self._outbox.clear()
-            if expected < spool.first:
-                self._outbox.append(wire.encode("GAP", stream_id=self._meta.stream, first=expected,
-                                                last=spool.first - 1, reason="acknowledged before"))
-            self._sent, self._progress_at = spool.first - 1, time.monotonic()
-            self._open, self._status_at = True, 0.0
-            self._run_until = max(self._run_until, fields["run_until"])
-        self._hello_at, self._answer = math.inf, message.body
+    def _on_welcome(self, body: bytes, stream: str) -> None:
+        if stream == self._stream:  # else the answer to an earlier question
+            self._answer, self._sent, self._status_at = body, 0, 0.0
+            self._inbox, self._wanting = wire.Inbox(), False  # another learner may count from 1 again
 
-    def _on_refuse(self, message: Message) -> None:
-        if not message.fields["again"]:
-            lines = message.body.decode(errors="replace").splitlines()
-            reason = f"the learner at {self.address} refuses: {message.fields['reason']}"
-            self._pump.fail(WireError("; ".join([reason, *lines])))
-        elif self._open:
-            self._open, self._hello_at = False, 0.0
+    def _on_refuse(self, body: bytes, reason: str, again: bool) -> None:
+        if again and self._answer is not None:
+            self._answer, self._hello_at = None, 0.0
+        elif not again:
+            lines = body.decode(errors="replace").splitlines()
+            self._pump.fail(WireError("; ".join([f"the learner at {self.address} refuses: {reason}", *lines])))
 
-    def _on_ack(self, message: Message) -> None:
-        fields = message.fields
-        if self._meta is None or fields["stream_id"] != self._meta.stream:
-            return
-        if fields["cum_seq"] >= self._spool.next_seq:
+    def _on_ack(self, body: bytes, seq: int, run_until: int, weights: int) -> None:
+        spool = self._spool
+        if seq >= spool.next_seq:
             raise WireError("ACK of a record that does not exist")
-        if fields["cum_seq"] >= self._spool.first:
-            self._spool.ack(fields["cum_seq"])
+        if seq >= spool.first:
+            spool.ack(seq)
             self._progress_at = time.monotonic()
-        self._run_until = max(self._run_until, fields["run_until"])
+        elif seq < spool.first - 1:
+            self._send("GAP", first=seq + 1, last=spool.first - 1)
+            self._sent = 0  # what was sent since is too early
+        self._run_until = max(self._run_until, run_until)
+        if weights > self._inbox.tried and not self._wanting:
+            self._want(weights)
 
     def _on_weights(self, message: Message) -> None:
-        number, reason, params = message.fields["version"], "", None
-        try:
-            params = self._inbox.take(message)  # hashing is done without the lock
-        except WireError as error:
-            reason = wire.clip(str(error))
+        number, params = message.fields["version"], self._inbox.take(message)  # hashed without the lock
         with self._pump.changed:
-            self._status_at = 0.0  # tells the learner how much came, so that it sends more
             if params is not None:
                 self._fresh = number, params
-            if params is not None or reason:
-                self._outbox.append(wire.encode("WRESULT", version=number, applied=not reason, reason=reason))
+            self._wanting = False
+            if self._inbox.tried < number:
+                self._want(number)
+            else:
+                self._status_at = 0.0  # tells what became of them
 
-    def _on_stop(self, message: Message) -> None:
-        self.stop_reason = message.fields["reason"]
-        self.stopped.set()
+    def _want(self, version: int) -> None:
+        self._wanting = self._send("WANT", version=version, offset=self._inbox.filled(version))
+
+    def _on_stop(self, body: bytes, reason: str) -> None:
+        self.stopped = reason

@@ -14,7 +14,6 @@ where arrays are raw little-endian float32 and `flags` is 1 for terminated plus 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,10 +21,9 @@ import re
 import secrets
 import struct
 import sys
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -39,8 +37,8 @@ SOURCES = ("policy", "reset", "takeover", "teacher")
 FORMAT = 1  # of files and payloads
 MAX_PAYLOAD = (1 << 20) - (16 << 10)  # bytes; one record always fits a message of the wire
 MAX_ITEMS = 64  # channels, command values, events
-MAX_NAME = 256  # bytes
-MAX_SEQ = 1 << 53
+MAX_TEXT = 256  # bytes of a name
+MAX_INT = 1 << 53
 SEGMENT_RECORDS, SEGMENT_BYTES = 256, 16 << 20
 SUFFIX = ".seg"
 
@@ -48,18 +46,27 @@ _MAGIC = b"TTHR"
 _HEAD = struct.Struct("<4sB8sQII")
 _CRC_AT = _HEAD.size - 4
 _META, _RECORD = 0, 1
+_ENDED = ((False, False), (True, False), (False, True), (True, True))  # terminated, truncated of the flags
 _LIMITS: dict[str, Any] = {
-    "max_str_len": MAX_NAME, "max_bin_len": MAX_PAYLOAD, "max_array_len": MAX_ITEMS,
+    "max_str_len": MAX_TEXT, "max_bin_len": MAX_PAYLOAD, "max_array_len": MAX_ITEMS,
     "max_map_len": MAX_ITEMS, "max_ext_len": 0, "strict_map_key": True, "raw": False,
 }
 
+# What a value nobody vouches for may be; the wire adds kinds of its own.
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "count": lambda v: type(v) is int and 0 <= v < MAX_INT,
+    "number": lambda v: type(v) is float and math.isfinite(v),
+    "text": lambda v: type(v) is str and len(v.encode(errors="replace")) <= MAX_TEXT,
+    "long": lambda v: type(v) is str and len(v) < MAX_PAYLOAD // 2,
+    "stream": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{16}", v) is not None,
+    "numbers": lambda v: type(v) is dict and len(v) <= MAX_ITEMS and all(
+        KINDS["text"](name) and KINDS["number"](number) for name, number in v.items()
+    ),
+}
 
-class RecordError(ValueError):
+
+class RecordError(RuntimeError):
     """A record or a file of records that cannot be used: names the file, the cause and the remedy."""
-
-
-class _NothingInside(RecordError):
-    """Not one whole frame: the writer died before it had written anything."""
 
 
 @dataclass(frozen=True)
@@ -94,28 +101,20 @@ class Meta:
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise RecordError(f"record format {self.format}, not {FORMAT}: use the tether that wrote it")
-        good = (
-            _fits(self.stream, str) and re.fullmatch("[0-9a-f]{16}", self.stream) is not None
-            and _fits(self.robot, str) and type(self.task) is str and len(self.task) < MAX_PAYLOAD // 2
-            and _fits(self.hz, float) and self.hz > 0 and _fits(self.created, str)
-            and _rows(self.channels, (str, int, str, float)) and _rows(self.command, (str, float, float))
-            and all(0 < row[1] <= MAX_PAYLOAD // 4 for row in self.channels)
-        )
-        if not good:
+        plain = (self.stream, self.robot, self.task, self.created, self.hz)
+        good = _fit("stream text long text number", plain) and self.hz > 0
+        good = good and all(_fit("text count text number", row) for row in self.channels)
+        if not good or not all(_fit("text number number", row) for row in self.command):
             raise RecordError("the description of the stream is malformed; it was not written by tether")
 
     @classmethod
-    def of(
-        cls, robot: str, task: str, hz: float, channels: Sequence[Channel], command: Command
-    ) -> Meta:
+    def of(cls, robot: str, task: str, hz: float, channels: Sequence[Channel], command: Command) -> Meta:
         """The description of a new stream."""
+        ends = zip(command.names, command.action_low, command.action_high, strict=True)
         return cls(
             secrets.token_hex(8), robot, task, float(hz),
             tuple((c.name, c.size, c.unit, float(c.hz)) for c in channels),
-            tuple(
-                (n, float(a), float(b))
-                for n, a, b in zip(command.names, command.action_low, command.action_high, strict=True)
-            ),
+            tuple((name, float(low), float(high)) for name, low, high in ends),
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
@@ -127,23 +126,13 @@ class Meta:
     def from_json(cls, data: bytes) -> Meta:
         """The inverse of `to_json`, for bytes nobody vouches for. Raises RecordError."""
         try:
-            found = json.loads(bytes(data).decode()) if len(data) <= MAX_PAYLOAD else None
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict) or set(found) != {f.name for f in fields(cls)}:
-            raise RecordError("the description of the stream is malformed; it was not written by tether")
-        for name in ("channels", "command"):
-            rows = found[name] if isinstance(found[name], list) else []
-            found[name] = tuple(tuple(row) if isinstance(row, list) else () for row in rows)
-        return cls(**found)
-
-    @property
-    def spec_hash(self) -> str:
-        """sha256 of what two sides must agree on to exchange records."""
-        return hashlib.sha256(json.dumps(self._spec()).encode()).hexdigest()
+            found = json.loads(data)
+            return cls(**found | {key: tuple(map(tuple, found[key])) for key in ("channels", "command")})
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise RecordError(f"the description of the stream is malformed: {error}") from None
 
     def differences(self, other: Meta) -> list[str]:
-        """What the two do not agree on, a readable line each."""
+        """What two sides must agree on to exchange records and do not, a readable line each."""
         ours, theirs = self._spec(), other._spec()
         return [f"{key}: {ours.get(key, 'none')} here, {theirs.get(key, 'none')} there"
                 for key in ours | theirs if ours.get(key) != theirs.get(key)]
@@ -155,23 +144,22 @@ class Meta:
         return lines | {"order": [row[0] for row in (*self.channels, *self.command)]}
 
 
+def _fit(kinds: str, values: Sequence[Any]) -> bool:
+    due = kinds.split()
+    return len(due) == len(values) and all(KINDS[kind](value) for kind, value in zip(due, values))
+
+
 def encode(record: Record) -> bytes:
-    """The record's bytes. Raises RecordError for what `decode` would refuse."""
-    action = None if record.action is None else np.asarray(record.action, "<f4")
+    """The record's bytes. Raises RecordError for what `decode` refuses."""
     payload = msgpack.packb((
         record.seq, float(record.time), float(record.reward),
         bool(record.terminated) + 2 * bool(record.truncated), SOURCES.index(record.source), record.version,
-        None if action is None else action.tobytes(),
+        None if record.action is None else np.asarray(record.action, "<f4").tobytes(),
         {name: (float(record.reading.stamps[name]), np.asarray(value, "<f4").tobytes())
          for name, value in record.reading.values.items()},
         {name: float(value) for name, value in record.events.items()},
     ))  # fmt: skip
-    finite = math.isfinite(record.time) and math.isfinite(record.reward)
-    finite = finite and (action is None or bool(np.isfinite(action).all()))
-    if not finite or not all(map(math.isfinite, record.events.values())):
-        raise RecordError(f"record {record.seq}: its time, reward, action and events must be finite")
-    if len(payload) > MAX_PAYLOAD or max(len(record.events), len(record.reading.values)) > MAX_ITEMS:
-        raise RecordError(f"record {record.seq}: {len(payload)} bytes, more than fit in one record")
+    decode(payload)  # nothing is kept that could not be read again
     return payload
 
 
@@ -182,30 +170,23 @@ def decode(payload: bytes) -> Record:
     """
     try:
         if len(payload) > MAX_PAYLOAD:
-            raise ValueError("too long")
+            raise ValueError(f"{len(payload)} bytes, at most {MAX_PAYLOAD} fit")
         row = msgpack.unpackb(payload, **_LIMITS)
-        seq, time, reward, flags, source, version, action, values, events = row
-        good = (
-            type(seq) is int and 0 < seq < MAX_SEQ and type(version) is int and 0 <= version < MAX_SEQ
-            and type(flags) is int and 0 <= flags <= 3 and type(source) is int
-            and 0 <= source < len(SOURCES) and type(values) is dict and type(events) is dict
-            and all(_fits(v, float) for v in (time, reward, *events.values()))
-            and all(type(k) is str for k in (*values, *events))
-            and all(type(stamp) is float for stamp, _ in values.values())
-        )
-        if not good:
-            raise ValueError("a field of the wrong type or out of bounds")
-        reading = Reading(
-            {name: _floats(data) for name, (_, data) in values.items()},
-            {name: stamp for name, (stamp, _) in values.items()},
-        )
+        seq, time, reward, flags, source, version, action, channels, events = row
+        plain = (seq, version, flags, source, time, reward, events)
+        if not _fit("count count count count number number numbers", plain) or seq < 1:
+            raise ValueError("a field of the wrong type, out of bounds or not finite")
+        reading = Reading({}, {})
+        for name, (stamp, values) in channels.items():
+            if type(name) is not str or type(stamp) is not float:
+                raise ValueError("a channel of the wrong type")
+            reading.values[name], reading.stamps[name] = _floats(values), stamp
         executed = None if action is None else _floats(action)
         if executed is not None and not (0 < len(executed) <= MAX_ITEMS and np.isfinite(executed).all()):
             raise ValueError("an action that is empty, too long or not finite")
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        return Record(seq, time, reading, executed, reward, *_ENDED[flags], SOURCES[source], version, events)
+    except (ValueError, TypeError, LookupError, AttributeError, msgpack.UnpackException) as error:
         raise RecordError(f"malformed record: {error}") from None
-    ended = bool(flags & 1), bool(flags & 2)
-    return Record(seq, time, reading, executed, reward, *ended, SOURCES[source], version, events)
 
 
 def _floats(data: Any) -> np.ndarray:
@@ -214,37 +195,15 @@ def _floats(data: Any) -> np.ndarray:
     return np.frombuffer(data, "<f4")  # a length that does not fit is a ValueError
 
 
-def _fits(value: Any, kind: type) -> bool:
-    if kind is str:
-        return type(value) is str and len(value.encode(errors="replace")) <= MAX_NAME
-    if kind is float:
-        return type(value) is float and math.isfinite(value)
-    return type(value) is kind
-
-
-def _rows(rows: Any, kinds: tuple[type, ...]) -> bool:
-    return (
-        0 < len(rows) <= MAX_ITEMS
-        and all(len(row) == len(kinds) and all(map(_fits, row, kinds)) for row in rows)
-        and len({row[0] for row in rows}) == len(rows)
-    )
-
-
 class SegmentWriter:
-    """Appends the records of one stream to files that are never rewritten.
+    """Appends the records of one stream to a folder of files that are never rewritten.
 
-    `path` is a folder of segments, to which a later writer adds, or without `roll` one new file. `append`
-    leaves the bytes with the operating system (a killed process loses nothing); `sync`, called from another
-    thread, makes them safe from a power cut. Raises RecordError for a path that cannot be written.
+    A later writer adds to the folder. `append` leaves the bytes with the operating system: a killed process
+    loses nothing. Raises RecordError for a folder that cannot be written.
     """
 
-    def __init__(self, path: str | Path, meta: Meta, roll: bool = True) -> None:
-        self.path, self.meta = Path(path), meta
-        self._roll = roll
-        self._stream = bytes.fromhex(meta.stream)
-        self._lock = threading.Lock()  # guards the two lists `sync` looks at
-        self._unsynced: list[Path] = []
-        self._file: Any = None
+    def __init__(self, folder: str | Path, meta: Meta) -> None:
+        self.folder, self.meta = Path(folder), meta
         self._open()
 
     def append(self, record: Record) -> None:
@@ -253,69 +212,48 @@ class SegmentWriter:
 
     def append_payload(self, seq: int, payload: bytes) -> None:
         """Write the bytes of one record."""
-        if self._file is None:
-            raise RecordError(f"{self.path}: closed")
-        if self._roll and (self._count >= SEGMENT_RECORDS or self._size >= SEGMENT_BYTES):
+        if self._count >= SEGMENT_RECORDS or self._size >= SEGMENT_BYTES:
+            self.close()
             self._open()
         self._write(_RECORD, seq, payload)
         self._count += 1
 
-    def sync(self) -> None:
-        """Wait until everything appended so far is on the disk."""
-        with self._lock:
-            paths, self._unsynced = self._unsynced, self._unsynced[-1:]
-        for path in paths:
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
-
     def close(self) -> None:
         """Let go of the file. Idempotent."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
     def _open(self) -> None:
-        self.close()
-        try:
-            target = self.path
-            if self._roll:
-                self.path.mkdir(parents=True, exist_ok=True)
-                last = [0, *(int(p.stem) for p in _segments(self.path))][-1]
-                target = self.path / f"{last + 1:08d}{SUFFIX}"
-            else:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(target, "xb", buffering=0)
-        except FileExistsError:
-            raise RecordError(f"{self.path} exists already: choose another name, or remove it") from None
-        except OSError as error:
-            cause = error.strerror or str(error)
-            raise RecordError(f"{self.path} cannot be written: {cause}; choose another place") from None
-        with self._lock:
-            self._unsynced.append(target)
         self._count = self._size = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            last = max((int(path.stem) for path in _segments(self.folder)), default=0)
+            self._file = open(self.folder / f"{last + 1:08d}{SUFFIX}", "xb", buffering=0)
+        except OSError as error:
+            raise RecordError(f"{self.folder} cannot be written: {error.strerror}; choose another") from None
         self._write(_META, 0, self.meta.to_json())
 
     def _write(self, kind: int, seq: int, payload: bytes) -> None:
-        head = _HEAD.pack(_MAGIC, kind, self._stream, seq, len(payload), 0)
+        head = _HEAD.pack(_MAGIC, kind, bytes.fromhex(self.meta.stream), seq, len(payload), 0)
         crc = zlib.crc32(payload, zlib.crc32(head[4:_CRC_AT]))
         frame = head[:_CRC_AT] + crc.to_bytes(4, "little") + payload
         written, cause = 0, "the disk is full"
         try:
             written = self._file.write(frame)
         except OSError as error:
-            cause = error.strerror or str(error)
+            cause = error.strerror
         if written != len(frame):
             os.ftruncate(self._file.fileno(), self._size)  # leave whole frames only
             self._file.seek(self._size)
-            raise RecordError(f"{self.path}: record {seq} was not written: {cause}; make room and try again")
+            raise RecordError(f"{self.folder}: record {seq} was not written: {cause}; make room and try again")
         self._size += written
 
 
+def _complain(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
 def read_recording(
-    path: str | Path, on_damage: Callable[[str], None] | None = None
+    path: str | Path, on_damage: Callable[[str], None] = _complain
 ) -> tuple[Meta, list[Record]]:
     """The records of a file, or of a folder of segments, in order and each once.
 
@@ -323,101 +261,74 @@ def read_recording(
     told which. Raises RecordError for what is not a recording.
     """
     path = Path(path)
-    files = _segments(path) if path.is_dir() else [path]
-    if not files:
-        raise RecordError(f"{path} holds no recording (no {SUFFIX} files); make one with `tether record`")
-    meta: Meta | None = None
-    records: list[Record] = []
-    damage: list[str] = []
-    torn = True  # every file is empty or broke off within its first frame
-    for file in files:
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            cause = error.strerror or str(error)
-            raise RecordError(f"{file} cannot be read: {cause}; make one with `tether record`") from None
-        torn = torn and data[: len(_MAGIC)] in (b"", _MAGIC)
-        for kind, stream, seq, payload in _frames(data, str(file), damage):
-            torn = False
-            try:
-                if kind == _META:
-                    meta = meta or Meta.from_json(payload)
-                elif kind == _RECORD and meta is not None:
-                    _keep(records, decode(payload), seq, stream == meta.stream, file, damage)
-            except RecordError as error:
-                if kind == _META:
-                    raise RecordError(f"{file}: {error}") from None
-                damage.append(f"{file}: record {seq} left out: {error}")
+    meta, records = _read(_segments(path) if path.is_dir() else [path], on_damage)
     if meta is None:
-        kind_of = _NothingInside if torn else RecordError
-        raise kind_of(f"{path} is not a recording, or its beginning is lost; make one with `tether record`")
-    for line in damage:
-        (on_damage or _complain)(line)
+        raise RecordError(f"{path} is not a recording, or its beginning is lost; make one with `tether record`")
     return meta, records
 
 
 def read_streams(
-    folder: str | Path, on_damage: Callable[[str], None] | None = None
-) -> Iterator[tuple[Meta, list[Record]]]:
+    folder: str | Path, on_damage: Callable[[str], None] = _complain
+) -> list[tuple[Meta, list[Record]]]:
     """The streams of a run's `steps/`, one sub-folder each, in the order they began. Raises RecordError."""
     found = []
-    for sub in sorted(p for p in Path(folder).glob("*") if p.is_dir()):
-        try:
-            found.append(read_recording(sub, on_damage))
-        except _NothingInside:
-            (on_damage or _complain)(f"{sub}: empty, left out")
-    yield from sorted(found, key=lambda stream: stream[0].created)
-
-
-def _complain(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+    for sub in sorted(path for path in Path(folder).glob("*") if path.is_dir()):
+        meta, records = _read(_segments(sub), on_damage)
+        if meta is not None:
+            found.append((meta, records))
+        else:
+            on_damage(f"{sub}: no whole record, left out")
+    return sorted(found, key=lambda stream: stream[0].created)
 
 
 def _segments(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob(f"*{SUFFIX}") if p.stem.isdigit())
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if path.stem.isdigit())
 
 
-def _keep(
-    records: list[Record], record: Record, seq: int, same: bool, file: Path, damage: list[str]
-) -> None:
-    if record.seq != seq or not same:
-        raise RecordError("its frame belongs to another record")
-    expected = records[-1].seq + 1 if records else seq
-    if seq < expected:
-        raise RecordError("it is there twice")
-    if seq > expected:
-        damage.append(f"{file}: records {expected} to {seq - 1} are missing")
-    records.append(record)
+def _read(files: Iterable[Path], on_damage: Callable[[str], None]) -> tuple[Meta | None, list[Record]]:
+    meta: Meta | None = None
+    records: list[Record] = []
+    damage: list[str] = []
+    for file in files:
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            cause = f"cannot be read: {error.strerror}"
+            raise RecordError(f"{file} {cause}; make one with `tether record`") from None
+        for kind, stream, seq, payload in _frames(data, str(file), damage):
+            try:
+                if kind == _META:
+                    meta = meta or Meta.from_json(payload)
+                elif meta is not None:
+                    record, due = decode(payload), records[-1].seq + 1 if records else seq
+                    if stream != meta.stream or record.seq != seq or seq < due:
+                        raise RecordError("it is there twice, or another's")
+                    if seq > due:
+                        damage.append(f"{file}: records {due} to {seq - 1} are missing")
+                    records.append(record)
+            except RecordError as error:
+                if kind == _META:
+                    raise RecordError(f"{file}: {error}") from None
+                damage.append(f"{file}: record {seq} left out: {error}")
+    for line in damage if meta is not None else ():
+        on_damage(line)
+    return meta, records
 
 
-def _frames(
-    data: bytes, name: str, damage: list[str]
-) -> Iterator[tuple[int, str, int, bytes]]:
-    """(kind, stream, seq, payload) of every whole frame; after damage the next frame is searched for."""
-    at, bad = 0, -1  # where we are; where the damage we are in began
-    while at < len(data):
-        frame = _frame_at(data, at)
-        if frame is None:
-            bad = at if bad < 0 else bad
-            at = data.find(_MAGIC, at + 1)
-            at = len(data) if at < 0 else at
+def _frames(data: bytes, name: str, damage: list[str]) -> Iterator[tuple[int, str, int, bytes]]:
+    """(kind, stream, seq, payload) of every whole frame; what lies between two is named in `damage`."""
+    at = 0
+    for match in re.finditer(_MAGIC, data):
+        start, begin = match.start(), match.start() + _HEAD.size
+        if start < at or begin > len(data):
             continue
-        if bad >= 0:
-            damage.append(f"{name}: bytes {bad} to {at} are damaged, left out")
-            bad = -1
-        yield frame
-        at += _HEAD.size + len(frame[3])
-    if bad >= 0:
-        damage.append(f"{name}: cut at byte {bad}, the rest ({len(data) - bad} bytes) is not a whole record")
-
-
-def _frame_at(data: bytes, at: int) -> tuple[int, str, int, bytes] | None:
-    if len(data) - at < _HEAD.size:
-        return None
-    magic, kind, stream, seq, length, crc = _HEAD.unpack_from(data, at)
-    if magic != _MAGIC or length > min(MAX_PAYLOAD, len(data) - at - _HEAD.size):
-        return None
-    payload = data[at + _HEAD.size : at + _HEAD.size + length]
-    if zlib.crc32(payload, zlib.crc32(data[at + 4 : at + _CRC_AT])) != crc:
-        return None
-    return kind, stream.hex(), seq, payload
+        _, kind, stream, seq, length, crc = _HEAD.unpack_from(data, start)
+        payload = data[begin : begin + length] if length <= MAX_PAYLOAD else b""
+        if len(payload) < length or zlib.crc32(payload, zlib.crc32(data[start + 4 : start + _CRC_AT])) != crc:
+            continue
+        if start > at:
+            damage.append(f"{name}: bytes {at} to {start} are damaged, left out")
+        yield kind, stream.hex(), seq, payload
+        at = begin + length
+    if at < len(data):
+        damage.append(f"{name}: cut at byte {at}, the rest ({len(data) - at} bytes) is not a whole record")

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import resource
-import threading
 from dataclasses import replace
 
 import msgpack
@@ -68,13 +67,14 @@ def same(a, b):
     return True
 
 
-def write(path, count, stream=None, roll=True):
-    writer = SegmentWriter(path, meta() if stream is None else meta(stream=stream), roll)
+def write(folder, count):
+    """Records in one segment, whose path is returned with them."""
+    writer = SegmentWriter(folder, meta())
     records = [make(i + 1, action=i % 5 != 4) for i in range(count)]
     for record in records:
         writer.append(record)
     writer.close()
-    return records
+    return folder / "00000001.seg", records
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -82,7 +82,7 @@ names = st.text(max_size=20)
 floats32 = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 2**53 - 1), finite, st.dictionaries(names, st.lists(st.floats(width=32), max_size=5)),
     st.none() | st.lists(floats32, min_size=1, max_size=12), finite, st.booleans(), st.booleans(),
@@ -117,7 +117,7 @@ def test_numpy_scalars_and_float64_readings_are_taken():
     ],
 )
 def test_encode_refuses_what_decode_would(changes):
-    with pytest.raises(RecordError, match="record 1"):
+    with pytest.raises(RecordError, match="malformed record"):
         encode(replace(make(1), **changes))
 
 
@@ -186,14 +186,6 @@ def test_segments_roll_by_size(tmp_path, monkeypatch):
     assert len(read_recording(tmp_path / "s", pytest.fail)[1]) == 20
 
 
-def test_a_single_file_is_never_overwritten(tmp_path):
-    records = write(tmp_path / "lap", 300, roll=False)
-    assert (tmp_path / "lap").is_file()
-    assert all(map(same, read_recording(tmp_path / "lap", pytest.fail)[1], records))
-    with pytest.raises(RecordError, match="lap exists already"):
-        SegmentWriter(tmp_path / "lap", meta(), roll=False)
-
-
 def test_appended_records_are_with_the_system_before_close(tmp_path):
     writer = SegmentWriter(tmp_path / "s", meta())
     for seq in range(1, 4):
@@ -201,17 +193,16 @@ def test_appended_records_are_with_the_system_before_close(tmp_path):
         assert len(read_recording(tmp_path / "s", pytest.fail)[1]) == seq
     writer.close()
     writer.close()
-    with pytest.raises(RecordError, match="closed"):
+    with pytest.raises(ValueError, match="closed"):
         writer.append(make(4))
 
 
 def test_a_file_cut_anywhere_gives_the_whole_records_before_the_cut(tmp_path):
-    path = tmp_path / "lap"
-    records = write(path, 5, roll=False)
+    path, records = write(tmp_path, 3)
     data = path.read_bytes()
     ends = [i for i in range(1, len(data) + 1) if data[i : i + 4] == b"TTHR" or i == len(data)]
-    assert len(ends) == 6
-    for cut in range(len(data)):
+    assert len(ends) == 4
+    for cut in (*range(0, len(data), 3), *ends[:-1]):
         path.write_bytes(data[:cut])
         whole = sum(end <= cut for end in ends)
         if whole == 0:
@@ -225,24 +216,31 @@ def test_a_file_cut_anywhere_gives_the_whole_records_before_the_cut(tmp_path):
 
 
 def test_a_flipped_byte_loses_only_its_record_and_is_named(tmp_path):
-    path = tmp_path / "lap"
-    write(path, 6, roll=False)
+    path, _ = write(tmp_path, 4)
     data = path.read_bytes()
     starts = [i for i in range(len(data)) if data[i : i + 4] == b"TTHR"]
-    for at in range(starts[1], len(data)):
+    for at in range(starts[1], len(data), 2):
         path.write_bytes(data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :])
         damage = []
         _, found = read_recording(path, damage.append)
         hit = sum(start <= at for start in starts) - 1
-        assert [r.seq for r in found] == [seq for seq in range(1, 7) if seq != hit]
+        assert [r.seq for r in found] == [seq for seq in range(1, 5) if seq != hit]
         assert str(path) in damage[0]
 
 
+def test_a_magic_inside_a_record_is_no_frame(tmp_path):
+    writer = SegmentWriter(tmp_path, meta(task="TTHR" * 9))
+    writer.append(replace(make(1), events={"TTHR" * 9: 1.0}))
+    writer.close()
+    found, records = read_recording(tmp_path, pytest.fail)
+    assert found.task == "TTHR" * 9 and len(records) == 1
+
+
 def test_damage_is_reported_on_standard_error_by_default(tmp_path, capsys):
-    write(tmp_path / "lap", 3, roll=False)
-    os.truncate(tmp_path / "lap", (tmp_path / "lap").stat().st_size - 5)
+    path, _ = write(tmp_path / "lap", 3)
+    os.truncate(path, path.stat().st_size - 5)
     assert len(read_recording(tmp_path / "lap")[1]) == 2
-    assert "lap: cut at byte" in capsys.readouterr().err
+    assert "00000001.seg: cut at byte" in capsys.readouterr().err
 
 
 def test_doubled_missing_and_foreign_records_are_left_out_and_named(tmp_path):
@@ -259,7 +257,7 @@ def test_doubled_missing_and_foreign_records_are_left_out_and_named(tmp_path):
     damage = []
     _, found = read_recording(tmp_path / "s", damage.append)
     assert [r.seq for r in found] == [1, 2, 5]
-    causes = ("there twice", "records 3 to 4 are missing", "another record", "malformed", "another record")
+    causes = ("there twice", "records 3 to 4 are missing", "another's", "malformed", "another's")
     assert all(cause in line for cause, line in zip(causes, damage, strict=True))
 
 
@@ -293,7 +291,7 @@ def test_streams_of_a_run_come_in_order_and_empty_ones_are_skipped(tmp_path):
     damage = []
     assert [m.stream for m, _ in read_streams(tmp_path, damage.append)] == ["f" * 16, "0" * 16]
     assert len(damage) == 1 and "dead" in damage[0]
-    assert list(read_streams(tmp_path / "none")) == []
+    assert read_streams(tmp_path / "none") == []
 
 
 def test_a_full_disk_is_said_and_leaves_whole_frames(tmp_path):
@@ -324,27 +322,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         SegmentWriter(tmp_path / "file" / "below", meta())
 
 
-def test_sync_from_another_thread_covers_rolled_segments(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SEGMENT_RECORDS", 2)
-    synced, original = [], os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(os.fstat(fd).st_ino), original(fd)))
-    writer = SegmentWriter(tmp_path / "s", meta())
-    for seq in range(1, 6):
-        writer.append(make(seq))
-    thread = threading.Thread(target=writer.sync)
-    thread.start()
-    thread.join()
-    assert sorted(synced) == sorted(p.stat().st_ino for p in (tmp_path / "s").iterdir())
-    writer.sync()
-    assert len(synced) == 4  # only the open one again
-    writer.close()
-
-
 def test_meta_round_trip_and_differences():
     described = meta()
     assert Meta.from_json(described.to_json()) == described
     other = meta(hz=20.0, channels=described.channels[:1], task="another")
-    assert described.spec_hash == meta(task="another").spec_hash != other.spec_hash
+    assert described.differences(meta(task="another")) == []
     lines = described.differences(other)
     assert "hz: 10.0 here, 20.0 there" in lines and any(x.startswith("channel pose: [4, 'm'") for x in lines)
     assert described.differences(meta()) == []
@@ -354,7 +336,7 @@ def test_meta_round_trip_and_differences():
     "change",
     [
         {"stream": "xyz"}, {"stream": "../../../../etc/"}, {"hz": 0.0}, {"hz": float("nan")}, {"hz": "10"},
-        {"channels": []}, {"channels": [["a", 0, "m", 1.0]]}, {"channels": [["a", 1, "m", 1.0]] * 2},
+        {"channels": [[]]}, {"channels": [["a", 1.0, "m", 1.0]]}, {"channels": ["abcd"]}, {"channels": [3]},
         {"channels": 3}, {"command": [["a"]]}, {"robot": None}, {"robot": "x" * 300}, {"format": 9},
         {"extra": 1},
     ],

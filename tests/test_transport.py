@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import random
 import select
 import socket as sockets
@@ -20,7 +22,7 @@ from tether.launch import pump, transport, wire
 from tether.launch.spool import Spool
 from tether.launch.transport import ActorLink, LearnerLink
 from tether.launch.wire import WireError
-from tether.robot_env.record import MAX_PAYLOAD, Meta, Record, RecordError, encode
+from tether.robot_env.record import Meta, Record, RecordError, encode
 
 CHANNELS = (Channel("pose", 2, "m", 50, 0.05, (1.0, 1.0)),)
 COMMAND = Command(("v",), ("m/s",), (-1.0,), (1.0,), (-1.0,), (1.0,), (5.0,), (0.0,))
@@ -43,8 +45,8 @@ def payload(seq, number=None):
 
 
 @contextmanager
-def learner(bind=ANY, spec=SPEC, welcome=None, **options):
-    link = LearnerLink(bind, spec, welcome or {"task": "the task"}, **options)
+def learner(bind=ANY, spec=SPEC, welcome=None, journal=lambda meta, first, payloads: None, **options):
+    link = LearnerLink(bind, spec, welcome or {"task": "the task"}, journal, **options)
     try:
         yield link
     finally:
@@ -107,16 +109,11 @@ def free_address():
 
 
 def hello(meta, first=1, after=1, **changes):
-    fields = {
-        "stream_id": meta.stream, "spec_hash": meta.spec_hash, "first_seq": first, "next_seq": after,
-        "software": "test", "spool": 0, "weights_version": 0,
-    }
-    return wire.encode("HELLO", meta.to_json(), **fields | changes)
+    return wire.encode("HELLO", meta.to_json(), **{"stream": meta.stream, "first": first, "next": after} | changes)
 
 
 def data(meta, first, *payloads):
-    body = wire.pack_records(payloads)
-    return wire.encode("DATA", body, stream_id=meta.stream, seq0=first, n=len(payloads))
+    return wire.encode("DATA", msgpack.packb(payloads), stream=meta.stream, seq=first)
 
 
 def next_of(socket, kind):
@@ -148,7 +145,7 @@ def test_records_arrive_in_order_and_are_stored_before_they_are_acknowledged():
         assert found[7][1].reading.values["pose"].tolist() == [8.0, 8.0]
         until(left, lambda: len(left._spool) == 0)
         assert stored == sent
-        assert link.status()[meta.stream]["received"] == 300
+        assert link.status()[meta.stream].received == 300
 
 
 def test_what_is_sent_before_there_is_a_learner_is_kept():
@@ -216,7 +213,7 @@ def test_acknowledged_records_that_a_learner_lost_are_a_gap_and_no_deadlock():
     link.send(6, payload(6))
     with learner(address, expected={meta.stream: 3}) as second:
         assert seqs(collect(second, 1)) == [6]
-        assert second.status()[meta.stream]["missing"] == 3
+        assert second.status()[meta.stream].missing == 3
         assert link.close() == 0
 
 
@@ -230,7 +227,7 @@ def test_a_restarted_actor_is_a_new_stream():
         found = collect(link, 6)
         assert all(seqs(found, meta.stream) == [1, 2, 3] for meta in metas)
         assert link.wait_closed(PATIENCE)
-        assert {s["state"] for s in link.status().values()} == {"closed"}
+        assert {s.report["state"] for s in link.status().values()} == {"closed"}
 
 
 def test_several_actors_feed_one_learner():
@@ -340,30 +337,32 @@ def test_unacknowledged_records_are_sent_again_and_acks_that_overtake_are_taken(
             while True:
                 route, *frames = fake.recv_multipart()
                 message = wire.decode(frames, "actor")
-                if message.kind == kind and message.fields.get("spec_hash", "x"):
+                if message.kind == kind and message.fields["stream"] == meta.stream:
                     return route, message
 
         opener = threading.Thread(target=one.begin, args=(meta, PATIENCE))
         opener.start()
         route, _ = expect("HELLO")
-        answer("WELCOME", session="0" * 16, expected_seq=1, weights_version=0, run_until=0)
+        answer("WELCOME", stream=transport.NOBODY)  # to an earlier question
+        answer("WELCOME", stream=meta.stream)
         opener.join()
         for i in range(1, 4):
             one.send(i, payload(i))
         seen = []
         while seen.count(1) < 3:  # twice again, without an ack
-            seen.append(expect("DATA")[1].fields["seq0"])
+            seen.append(expect("DATA")[1].fields["seq"])
         for seq in (9, 3):  # the first is of a record that does not exist
-            answer("ACK", stream_id=meta.stream, cum_seq=seq, run_until=5)
+            answer("ACK", seq=seq, run_until=5, weights=0)
         assert one.wait_run_until(5, PATIENCE)
         assert one._spool.first == 4 and one.malformed == 1
-        answer("ACK", stream_id=meta.stream, cum_seq=0, run_until=2)  # old: changes nothing
+        answer("ACK", seq=2, run_until=2, weights=0)  # old: changes nothing
         one.send(4, payload(4))
-        while (got := expect("DATA")[1].fields["seq0"]) != 4:
+        while (got := expect("DATA")[1].fields["seq"]) != 4:
             assert got < 4  # sent before the ack came
-        assert one.run_until == 5
-        answer("WELCOME", session="0" * 16, expected_seq=99, weights_version=0, run_until=0)
-        until(one, lambda: one.malformed == 2)
+        assert one.wait_run_until(5, 0.0) and not one.wait_run_until(6, 0.0)
+        answer("ACK", seq=1, run_until=0, weights=0)  # it lost what it had acknowledged
+        assert expect("GAP")[1].fields == {"stream": meta.stream, "first": 2, "last": 3}
+        assert expect("DATA")[1].fields["seq"] == 4
 
 
 def test_doubled_early_and_foreign_data_are_not_taken():
@@ -372,14 +371,14 @@ def test_doubled_early_and_foreign_data_are_not_taken():
         peer.send_multipart(data(meta, 1, payload(1)))
         assert next_of(peer, "REFUSE").fields["again"]
         peer.send_multipart(hello(meta))
-        assert next_of(peer, "WELCOME").fields["expected_seq"] == 1
+        assert next_of(peer, "ACK").fields["seq"] == 0
         peer.send_multipart(data(meta, 1, payload(1), payload(2)))
         peer.send_multipart(data(meta, 1, payload(1), payload(2), payload(3)))
         peer.send_multipart(data(meta, 7, payload(7)))
+        while next_of(peer, "ACK").fields["seq"] != 3:
+            pass
         peer.send_multipart(data(other, 4, payload(4)))
         assert next_of(peer, "REFUSE").fields["again"]
-        while next_of(peer, "ACK").fields["cum_seq"] != 3:
-            pass
         for bad in (payload(4, number=5), b"nonsense", b""):
             peer.send_multipart(data(meta, 4, bad))
         until(link, lambda: link.malformed == 3)
@@ -403,15 +402,15 @@ def test_close_says_how_much_was_not_delivered():
 def test_no_learner_is_one_clear_line_and_waiting_can_be_given_up():
     address, waited = free_address(), []
 
-    def give_up(seconds):
-        waited.append(seconds)
+    def give_up():
+        waited.append(1)
         raise InterruptedError
 
     with actor(address) as one:
         with pytest.raises(WireError, match=f"no learner at {address} .*tether learner"):
             one.start(timeout=0.0)
         with pytest.raises(InterruptedError):
-            one.start(timeout=None, on_wait=give_up)
+            one.start(PATIENCE, give_up)
     assert len(waited) == 1
 
 
@@ -419,7 +418,7 @@ def test_a_learner_that_comes_later_is_found():
     address = free_address()
     with actor(address) as one:
         started = []
-        thread = threading.Thread(target=lambda: started.append(one.start(timeout=None)))
+        thread = threading.Thread(target=lambda: started.append(one.start(PATIENCE)))
         thread.start()
         with learner(address, welcome={"task": "later", "seed": 3}):
             thread.join()
@@ -449,13 +448,14 @@ def test_a_stream_from_the_learners_future_is_refused():
             one.begin(meta, PATIENCE)
 
 
-def test_hello_that_contradicts_itself_is_dropped():
+def test_hello_that_contradicts_itself_is_refused():
     meta = describe()
     with learner() as link, raw(zmq.DEALER, link.address) as peer:
-        for bad in (hello(meta, spec_hash="a" * 64), hello(meta, stream_id="0" * 16)):
+        for bad in (hello(meta, first=0), hello(meta, stream="0" * 16)):
             peer.send_multipart(bad)
+            assert "cannot go on here" in next_of(peer, "REFUSE").fields["reason"]
         peer.send_multipart(wire.encode("HELLO", b"{}", **wire.decode(hello(meta), "actor").fields))
-        until(link, lambda: link.malformed == 3)
+        until(link, lambda: link.malformed == 1)
         assert link.status() == {}
 
 
@@ -486,12 +486,12 @@ def test_weights_reach_every_actor_now_and_later_and_are_given_once():
         link.publish(5, big)
         link.publish(6, big)
         until(one, lambda: one._inbox.version == 6)
-        assert one.wait_weights(PATIENCE)[0] == 6
-        assert one.wait_weights(0.0) is None
+        assert one.weights(PATIENCE)[0] == 6
+        assert one.weights() is None
         with actor(link.address, describe()) as late:
             until(late, lambda: late._fresh is not None)
-            until(link, lambda: all(s.weights_version == 6 for s in link._streams.values()))
-        assert all(s["weights_age_s"] >= 0 for s in link.status().values())
+            until(link, lambda: all(s.report.get("weights") == 6 for s in link._streams.values()))
+        assert all(0 < s.weights_at < math.inf for s in link.status().values())
         with pytest.raises(WireError, match="not newer"):
             link.publish(6, big)
         with pytest.raises(WireError, match="not finite"):
@@ -514,17 +514,6 @@ def test_a_restarted_learner_may_count_weights_from_the_start_again():
     one.close(0)
 
 
-class Corrupt(wire.Weights):
-    """Weights whose second chunk is not what the checksum was made of."""
-
-    def messages(self):
-        for frames in super().messages():
-            message = wire.decode(frames, "learner")
-            if message.kind == "WCHUNK" and message.fields["offset"]:
-                frames = wire.encode("WCHUNK", bytes(len(message.body)), **message.fields)
-            yield frames
-
-
 @pytest.mark.parametrize(
     "how, reason", [("corrupt", "checksum"), ("nan", "not finite"), ("layout", "changed")]
 )
@@ -532,41 +521,43 @@ def test_bad_weights_are_refused_with_the_reason_and_the_next_ones_taken(how, re
     params = {"w": np.ones(100_000, np.float32)}
     with learner() as link, actor(link.address, describe()) as one:
         link.publish(1, params)
-        until(one, lambda: one._fresh is not None)
+        assert one.weights(PATIENCE)[0] == 1
         good = wire.pack_weights(2, params)
+        nan = good.data[:-4] + b"\0\0\xc0\x7f"
         bad = {
-            "corrupt": Corrupt(2, good.layout, good.data),
-            "nan": wire.Weights(2, good.layout, good.data[:-4] + b"\0\0\xc0\x7f"),
+            "corrupt": good._replace(data=good.data[:-4] + bytes(4)),
+            "nan": good._replace(data=nan, sha256=hashlib.sha256(nan).hexdigest()),
             "layout": wire.pack_weights(2, {"v": params["w"]}),
         }[how]
-        with link._pump.changed:
+        with link._pump.sharing():
             link._weights = bad
-        link._pump.wake()
-        until(link, lambda: any(s.refused[0] == 2 for s in link._streams.values()))
-        (status,) = link.status().values()
-        assert reason in status["weights_refused"] and status["weights_version"] == 1
-        assert one.weights()[0] == 1
+        until(link, lambda: any(s.report.get("refused") for s in link._streams.values()))
+        (stream,) = link.status().values()
+        assert reason in stream.report["refused"] and stream.report["weights"] == 1
+        assert one.weights() is None
         link.publish(3, params)
-        until(one, lambda: one._fresh is not None)
-        assert one.weights()[0] == 3
+        assert one.weights(PATIENCE)[0] == 3
 
 
-def test_chunks_wait_for_the_actor_so_that_acknowledgements_pass():
+def test_a_chunk_is_sent_when_it_is_asked_for_so_that_acknowledgements_pass():
     meta = describe()
+    def want(version, offset):
+        peer.send_multipart(wire.encode("WANT", stream=meta.stream, version=version, offset=offset))
+        return next_of(peer, "WEIGHTS")
+
     with learner() as link, raw(zmq.DEALER, link.address) as peer:
         peer.send_multipart(hello(meta))
-        next_of(peer, "WELCOME")
+        assert next_of(peer, "ACK").fields["weights"] == 0
         link.publish(1, {"w": np.ones(1_000_000, np.float32)})
-        for kind in ("WBEGIN", "WCHUNK", "WCHUNK"):
-            assert next_of(peer, kind)
+        assert next_of(peer, "ACK").fields["weights"] == 1
+        assert want(1, 0).fields["offset"] == 0
         peer.send_multipart(data(meta, 1, payload(1)))
-        message = wire.decode(peer.recv_multipart(), "learner")
-        assert message.kind == "ACK" and message.fields["cum_seq"] == 1
-        peer.send_multipart(wire.encode(
-            "STATUS", stream_id=meta.stream, state="run", spool=0, weights_version=0,
-            weights_bytes=wire.CHUNK, stats={},
-        ))
-        assert next_of(peer, "WCHUNK").fields["offset"] == 2 * wire.CHUNK
+        next_of(peer, "ACK")
+        assert len(want(1, wire.CHUNK).body) == wire.CHUNK
+        assert want(1, 1 << 40).body == b""
+        link.publish(2, {"w": np.ones(1_000_000, np.float32)})
+        newer = want(1, 2 * wire.CHUNK).fields
+        assert (newer["version"], newer["offset"]) == (2, 0)
 
 
 # --- permission to go on, status, stop
@@ -587,20 +578,17 @@ def test_run_until_wakes_the_actor_and_never_falls():
         one.send(1, payload(1))
         collect(link, 1)
         until(one, lambda: len(one._spool) == 0)
-        assert one.run_until == 7 and link.status()[meta.stream]["run_until"] == 7
+        assert one.wait_run_until(7, 0.0) and link.status()[meta.stream].run_until == 7
 
 
 def test_what_the_actor_reports_is_in_the_learners_status():
     meta = describe()
     with learner() as link, actor(link.address, meta) as one:
-        one.report({"rate/late": 3, "rate/hz": np.float32(9.5)})
-        until(link, lambda: link._streams[meta.stream].stats)
+        one.report({"rate/late": 3, "rate/hz": np.float32(9.5), "rate/nan": float("nan")})
+        until(link, lambda: link._streams[meta.stream].report["stats"])
         status = link.status()[meta.stream]
-        assert status["stats"] == {"rate/late": 3.0, "rate/hz": 9.5}
-        assert status["state"] == "run" and status["age_s"] >= 0 and status["spool"] == 0
-        for bad in ({"x": float("nan")}, {str(i): 0.0 for i in range(65)}):
-            with pytest.raises(WireError):
-                one.report(bad)
+        assert status.report["stats"] == {"rate/late": 3.0, "rate/hz": 9.5}
+        assert status.connected and status.report["state"] == "run" and status.report["spool"] == 0
 
 
 def test_stop_reaches_actors_that_wait_and_those_that_come_later():
@@ -608,10 +596,9 @@ def test_stop_reaches_actors_that_wait_and_those_that_come_later():
         waiting = threading.Thread(target=one.wait_run_until, args=(9, PATIENCE))
         waiting.start()
         link.stop("enough")
-        assert one.stopped.wait(PATIENCE) and one.stop_reason == "enough"
-        waiting.join()
+        assert waiting.join() is None and one.stopped == "enough"
         with actor(link.address, describe()) as late:
-            assert late.stopped.wait(PATIENCE)
+            until(late, lambda: late.stopped)
             assert not link.wait_closed(0.0)
         one.close()
         assert link.wait_closed(PATIENCE)
@@ -623,16 +610,15 @@ def test_stop_reaches_actors_that_wait_and_those_that_come_later():
 def test_a_busy_port_is_one_clear_line():
     with learner() as link:
         with pytest.raises(WireError, match=f"cannot listen on {link.address}: .*in use.*--bind"):
-            LearnerLink(link.address, SPEC, {})
+            LearnerLink(link.address, SPEC, {}, print)
 
 
-@pytest.mark.parametrize("make", [lambda a: LearnerLink(a, SPEC, {}), ActorLink])
+@pytest.mark.parametrize("make", [lambda a: LearnerLink(a, SPEC, {}, print), ActorLink])
 def test_nothing_leaves_this_machine_until_there_are_keys(make):
-    for host in ("0.0.0.0", "*", "192.168.1.7", "workstation", "8.8.8.8"):
-        with pytest.raises(WireError, match="no keys yet.*ssh -L"):
-            make(f"tcp://{host}:5555")
-    for address in ("", "127.0.0.1:5555", "udp://127.0.0.1:1", "tcp://127.0.0.1", "tcp://127.0.0.1:99999", "ipc://x"):
-        with pytest.raises(WireError, match="looks like tcp://127.0.0.1:5555"):
+    hosts = ("0.0.0.0", "*", "192.168.1.7", "workstation", "8.8.8.8", "127.evil.com", "127.0.0.1.evil.com")
+    bad = ("", "127.0.0.1:5555", "udp://127.0.0.1:1", "tcp://127.0.0.1:65536", "ipc://x", "tcp://127.0.0.1:1;tcp://8.8.8.8:1")
+    for address in (*(f"tcp://{host}:5555" for host in hosts), *bad):
+        with pytest.raises(WireError, match="no keys yet.*like tcp://127.0.0.1:5555.*ssh -L"):
             make(address)
 
 
@@ -642,13 +628,11 @@ def test_localhost_is_loopback():
 
 
 def test_every_option_is_set_before_bind_or_connect():
-    for kind in (zmq.ROUTER, zmq.DEALER):
-        with raw(kind, ANY if kind == zmq.ROUTER else "tcp://127.0.0.1:1") as socket:
-            pump.configure(socket, ANY)
+    with learner() as link, actor(link.address) as one:
+        for each in (link, one):
             for option, value in pump.OPTIONS.items():
-                assert socket.getsockopt(option) == value
-            if kind == zmq.DEALER:
-                assert socket.getsockopt(zmq.IMMEDIATE) == 1
+                assert each._pump._socket.getsockopt(option) == value
+        assert one._pump._socket.getsockopt(zmq.IMMEDIATE) == 1
 
 
 # --- malice and failure
@@ -656,7 +640,7 @@ def test_every_option_is_set_before_bind_or_connect():
 
 def test_malformed_input_is_counted_and_the_others_are_served_on():
     rng, meta, other = random.Random(5), describe(), describe()
-    gap = wire.encode("GAP", stream_id=other.stream, first=1, last=9, reason="")
+    gap = wire.encode("GAP", stream=other.stream, first=1, last=9)
     corpus = [hello(other), data(other, 1, payload(1)), gap]
     with learner() as link, actor(link.address, meta) as one, raw(zmq.DEALER, link.address) as peer:
         host, port = link.address.removeprefix("tcp://").split(":")
@@ -702,7 +686,7 @@ def test_an_error_of_the_learners_thread_comes_back_and_nothing_is_acknowledged(
 
 
 def test_an_error_of_the_actors_thread_comes_back(monkeypatch):
-    def broken(self, message):
+    def broken(self, body, **fields):
         raise ZeroDivisionError("broken")
 
     with learner() as link, actor(link.address, describe(), flush=0) as one:
@@ -711,7 +695,7 @@ def test_an_error_of_the_actors_thread_comes_back(monkeypatch):
         with pytest.raises(WireError, match="broken"):
             one.wait_run_until(1, PATIENCE)
         send, report = (lambda: one.send(2, payload(2))), (lambda: one.report({}))
-        for call in (one.weights, send, report, lambda: one.run_until):
+        for call in (one.weights, send, report, lambda: one.wait_run_until(1, 0.0)):
             with pytest.raises(WireError, match="broken"):
                 call()
 
@@ -753,8 +737,6 @@ def test_the_spool_refuses_what_it_cannot_keep(monkeypatch):
     spool = Spool()
     with pytest.raises(WireError, match="record 2 came where 1 was due"):
         spool.append(2, b"")
-    with pytest.raises(WireError, match="more than"):
-        spool.append(1, bytes(MAX_PAYLOAD + 1))
     monkeypatch.setattr("tether.launch.spool.MAX_SPOOL", 10)
     spool.append(1, bytes(10))
     with pytest.raises(WireError, match="tether learner"):
@@ -768,5 +750,5 @@ def test_a_batch_never_exceeds_a_message():
     for seq in range(1, 41):
         spool.append(seq, bytes(100_000))
     batch = spool.batch(1)
-    assert len(batch) == 10 and len(wire.pack_records(batch)) <= wire.MAX_BODY
+    assert len(batch) == 10 and len(msgpack.packb(batch)) <= wire.MAX_BODY
     assert len(spool.batch(39)) == 2
