@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -44,14 +45,15 @@ def robots() -> dict[str, RobotRow]:
     return ROBOTS | {e.name: e.load() for e in entry_points(group="tether.robots")}
 
 
+def algorithms() -> dict[str, Callable[[], ModuleType]]:
+    """What imports each algorithm, those of the `tether.algorithms` entry points too."""
+    plugged = {e.name: e.load for e in entry_points(group="tether.algorithms")}
+    return {name: partial(import_module, f"..{module}", __package__) for name, module in ALGORITHMS.items()} | plugged
+
+
 def algorithm(name: str) -> ModuleType:
     """The module with Config, State, init, act, update. Raises CatalogError."""
-    plugged = {e.name: e for e in entry_points(group="tether.algorithms")}
-    if name in ALGORITHMS:
-        return import_module(f"..{ALGORITHMS[name]}", __package__)
-    if name in plugged:
-        return plugged[name].load()
-    raise CatalogError(f"unknown algorithm {name!r}; this installation has {', '.join([*ALGORITHMS, *plugged])}")
+    return _chosen("algorithm", name, algorithms())()
 
 
 def find(path: str) -> Any:
@@ -62,9 +64,12 @@ def find(path: str) -> Any:
 
 def row(name: str) -> RobotRow:
     """The row of a robot. Raises CatalogError naming the choices."""
-    table = robots()
+    return _chosen("robot", name, robots())
+
+
+def _chosen(what: str, name: str, table: Mapping[str, Any]) -> Any:
     if name not in table:
-        raise CatalogError(f"unknown robot {name!r}; this installation has {', '.join(table)}")
+        raise CatalogError(f"unknown {what} {name!r}; this installation has {', '.join(table)}")
     return table[name]
 
 

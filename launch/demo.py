@@ -8,10 +8,10 @@ from typing import Any
 
 from ..robot_env.env import RobotEnv
 from . import catalog, config, evaluate, onboard, teach
-from .folder import RunError, point_latest
+from .folder import RunError
 from .freeze import freeze
 from .learner import Job
-from .run import save_config, train
+from .run import train
 
 TASK, SPEED_MPS, CHECKPOINTS, STEPS, LAPS = "car-loop", 1.0, 8, 6000, 6
 
@@ -28,16 +28,13 @@ def car(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     driven = teach.record_laps(env, teacher, 1, lap, seed, say)
 
     say("2/5 the course from that lap")
-    made = teach.course_from_recording(lap, course, None, CHECKPOINTS)
+    made = teach.make_course(lap, course, None, None, CHECKPOINTS)
     say(f"    {made['checkpoints']} checkpoints on {made['length_m']} m")
 
     say("3/5 training in the twin")
     spec = catalog.load_spec(str(course))
     settings = config.with_steps(config.load("cpu", spec.kind), STEPS)
-    job = Job(spec, settings, run, seed, prior=(str(lap),))
-    save_config(job)
-    point_latest(run)
-    trained = train(job, [])
+    trained = train(Job(spec, settings, run, seed, prior=(str(lap),)), [])
     if trained["steps"] < STEPS:
         raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {course} --resume --out {run}`")
 
@@ -46,12 +43,7 @@ def car(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
 
     say("5/5 driving the frozen policy")
     env = catalog.make_env(catalog.make_task(spec), seed=seed + 1000)
-    policy = onboard.load_bundle(frozen).policies["task"]
-    try:
-        tally = evaluate.drive(env, policy.act, laps=LAPS)
-    finally:
-        env.close()
-    result = tally.report(spec.name, 0, True)
+    result = evaluate.drive(env, onboard.load_bundle(frozen).policies["task"].act, laps=LAPS)
     return {
         "train_s": trained["train_s"], "steps": trained["steps"], "run": str(run), "bundle": str(frozen),
         "demo_lap_s": driven["lap_time_s"], "lap_time_s": result["lap_time_s"]["median"],

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from ..robot_env.record import read_streams
-from ..robot_env.sample import Fold
+from ..robot_env.sample import samples
 from . import bundle, catalog, config
 from .folder import RunError
 from .trainer import Trainer
 
 
-def load_policy(run: Path) -> bundle.Trained:
-    """The newest snapshot's policy and what it is checked on. Raises RunError for a run without one."""
+def trained(run: Path) -> Trainer:
+    """The trainer as it was at the newest snapshot. Raises RunError for a run without one."""
     settings, facts = config.read(run.resolve())
     task = catalog.make_task(catalog.spec_of(facts["task"], facts["name"]))
     trainer = Trainer(task, settings, int(facts["seed"]))
@@ -25,27 +25,22 @@ def load_policy(run: Path) -> bundle.Trained:
         raise RunError(f"{run}: no snapshot to take a policy from; train first, or go on with --resume")
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    samples = []
-    for _, records in read_streams(run / "steps"):
-        fold = Fold(task)
-        samples += [s for r in records for s in fold.push(r) if s.action is not None]
-    if not samples:
-        raise RunError(f"{run}: no steps to check the policy on; train first")
-    observations = np.stack([s.obs for s in samples])
-    previous = np.stack([s.prev_action for s in samples])
-    keep = np.linspace(0, len(samples) - 1, min(len(samples), bundle.MAX_CHECKED)).astype(int)
-    observations, previous = observations[keep], previous[keep]
-    expected = trainer.expected(observations, previous)
-    return bundle.Trained(trainer.policy_spec(), trainer.policy(), observations, previous, expected)
+    return trainer
 
 
 def freeze(run: Path, out: Path) -> dict[str, Any]:
     """Write the bundle; returns what was checked. Raises BundleError with the figures, or RunError."""
-    settings, facts = config.read(run.resolve())
-    spec = catalog.spec_of(facts["task"], facts["name"])
+    trainer = trained(run)
+    task, spec = trainer.task, trainer.task.spec
+    kept = [s for _, records in read_streams(run / "steps") for s in samples(task, records) if s.action is not None]
+    if not kept:
+        raise RunError(f"{run}: no steps to check the policy on; train first")
+    kept = kept[:: max(1, len(kept) // bundle.MAX_CHECKED)]
+    observations, previous = np.stack([s.obs for s in kept]), np.stack([s.prev_action for s in kept])
+    expected = trainer.expected(observations, previous)
+    policy = bundle.Trained(trainer.policy_spec(), trainer.policy(), observations, previous, expected)
     channels, command = catalog.declaration(spec)
+    settings, facts = config.read(run.resolve())
     origin = {"run": run.resolve().name, "task": spec.name, "git": str(facts["git"]), "preset": settings.preset}
-    return bundle.export(
-        out, {"task": load_policy(run)}, channels, command, spec.hz, catalog.limits(spec),
-        spec.text or spec.name, origin,
-    )  # fmt: skip
+    limits = catalog.limits(spec)
+    return bundle.export(out, {"task": policy}, channels, command, spec.hz, limits, spec.text or spec.name, origin)

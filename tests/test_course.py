@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tether.drivers.base import Reading
 from tether.drivers.car import CHANNELS, COMMAND
 from tether.launch import catalog
-from tether.launch.evaluate import PursuitDriver
+from tether.launch.evaluate import pursuit
 from tether.robot_env import course
 from tether.robot_env.course import Course
 from tether.robot_env.env import RobotEnv
@@ -260,7 +260,7 @@ def pursue(speed: float, lookahead: float, seconds: float, seed: int) -> list[fl
     assert isinstance(env, RobotEnv)
     try:
         obs, _ = env.reset()
-        driver = PursuitDriver(env, speed, lookahead)
+        driver = pursuit(env, speed, lookahead)
         shocks = []
         for _ in range(round(seconds * 10)):
             obs, _, _, truncated, info = env.step(driver(obs, env.action))
