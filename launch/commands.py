@@ -109,7 +109,7 @@ def export(options: Namespace) -> int:
     run_folder = Path(options.run)
     out = Path(options.out) if options.out else run_folder / "bundle"
     checked = freeze(run_folder, out)
-    error, p99 = checked["task"]["relative_error"], checked["task"]["latency_ms"]["p99"]
+    error, p99 = checked["task"]["max_error"], checked["task"]["latency_ms"]["p99"]
     return _say(options, {"bundle": str(out), "checked": checked},
                 f"{out}: equal to {error:.1e}, p99 {p99:.3f} ms a tick")  # fmt: skip
 
