@@ -10,7 +10,7 @@ import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
 from .record import Record
-from .task import Outcome, Recovery, TaskError, TaskSpec
+from .task import Outcome, TaskError, TaskSpec
 
 PREFIX = "gym:"
 DEFAULT_HZ = 30.0  # for environments that do not say
@@ -50,19 +50,16 @@ def spec(name: str) -> TaskSpec:
 
 
 class GymTask:
-    """A `Task` whose reward and termination come with the records."""
+    """What of a `Task` an environment needs that resets itself; reward and termination come with its records."""
 
-    start = (0.0, 0.0, 0.0)
     relabels = False
+    _never_asked: Any = None  # it is no course, and starts again by itself
+    start = walls = recover = spot = in_hindsight = _never_asked
 
     def __init__(self, task: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
         self.spec = task
         self.observation_size = channels[0].size
         self.rest = np.zeros(command.size, np.float32)
-
-    def walls(self) -> list[np.ndarray]:
-        """None."""
-        return []
 
     def begin(self, reading: Reading) -> None:
         """Nothing to keep."""
@@ -74,20 +71,6 @@ class GymTask:
     def advance(self, progress: Any, action: np.ndarray, reading: Reading) -> Outcome:
         """Not known from readings: a recording of this environment is used as it is."""
         raise TaskError(f"{self.spec.name}: rewards cannot be computed from readings")
-
-    def recover(self, command: Command, reading: Reading, outcome: Outcome) -> Recovery:
-        """Gymnasium environments reset themselves."""
-        raise TaskError(f"{self.spec.name}: has no reset by motion")
-
-    def spot(self, reading: Reading) -> tuple[float, float, float]:
-        """Nothing to set down."""
-        return self.start
-
-    def in_hindsight(
-        self, batch: dict[str, np.ndarray], future: np.ndarray, rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
-        """No goals to draw again."""
-        return batch
 
 
 class GymEnv(gymnasium.Env):
@@ -115,8 +98,7 @@ class GymEnv(gymnasium.Env):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One step; `action` in [-1, 1]."""
         self.action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
-        box = self.env.action_space
-        native = self.command.to_command(self.action).astype(box.dtype)
+        native = self.command.to_command(self.action).astype(self.env.action_space.dtype)
         obs, reward, terminated, truncated, info = self.env.step(native)
         before, self._reading = self._reading, self._read(obs)
         self._ticks += 1

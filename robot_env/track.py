@@ -19,7 +19,8 @@ HEADING_M = 0.2
 STEP_M = 0.25  # spacing of a lap line
 SMOOTH_M = 0.3  # standard deviation of the smoothing of a driven lap
 LAP_M = 5.0  # shorter is no lap
-CHECKPOINTS = (4, 8)  # fewest and most that are chosen; FastRLAP and RACER ran 3-6 (systems.md 1.5)
+CHECKPOINTS = (4, 8)  # fewest and most that are chosen, one for ...
+CHECKPOINT_EVERY_M = 6.0  # ... so much of the way
 PLACES = 96  # to choose from
 RADIUS_M = 1.0  # of a checkpoint where no width is known (RACER's default)
 MARGIN_M = 0.25  # a checkpoint reaches this far beyond the walls, so that it cannot be driven past
@@ -303,40 +304,31 @@ def _moved(positions: np.ndarray, step_m: float) -> np.ndarray:
 
 
 def place_checkpoints(
-    line: np.ndarray,
-    count: int | None = None,
-    loop: bool = True,
-    centerline: np.ndarray | None = None,
-    width_m: float | None = None,
-) -> tuple[np.ndarray, float]:
+    line: np.ndarray, count: int | None = None, loop: bool = True,
+    centerline: np.ndarray | None = None, width_m: float | None = None,
+) -> tuple[np.ndarray, float]:  # fmt: skip
     """Checkpoints (c, 2) on a driven line (n, 2), in order, and their radius in m.
 
     Placed by dynamic programming such that the way straight to the next one keeps to the driven line. The
     first lies ahead of the start (of the centre line, where there is one). Without `count` there are 4 to 8,
-    as few as keep the straight way inside the corridor. With a width none can be driven past inside it.
+    by length. With a width none can be driven past inside it.
     """
     if count is not None and not 2 <= count <= 50:
         raise TrackError(f"{count} checkpoints; a course takes 2 to 50, and 4 to 8 are usual")
     driven = Line.from_points(line, loop)
     middle = driven if centerline is None else Line.from_points(centerline, loop)
-    free = RADIUS_M if width_m is None else width_m / 2
-    radius = RADIUS_M if width_m is None else free + MARGIN_M
+    count = count or int(np.clip(driven.length / CHECKPOINT_EVERY_M, *CHECKPOINTS))
+    radius = RADIUS_M if width_m is None else width_m / 2 + MARGIN_M
     step = driven.length / PLACES
     points = driven.at(step * np.arange(2 * PLACES if loop else PLACES + 1))  # of a loop two rounds
-    cost, stray = np.full((2, len(points), len(points)), np.inf)
+    cost = np.full((len(points), len(points)), np.inf)
+    nearest = math.ceil(min(2 * radius, driven.length / (2 * count)) / step)  # no two closer than this
     for i in range(len(points) - 1):
-        after = slice(i + 1, i + PLACES + 1)
-        to = (points[after] - points[i]).T  # (2, k): places on the way, and ends of the chord
+        to = (points[i + 1 : i + PLACES + 1] - points[i]).T  # (2, k): places on the way, and ends of the chord
         t = (to.T @ to / np.maximum((to**2).sum(0), 1e-9)).clip(0.0, 1.0)  # (place, end)
         off = np.triu(np.hypot(*(to[:, :, None] - t * to[:, None, :])))
-        cost[i, after], stray[i, after] = (off**4).sum(0), off.max(0)
-    ahead = step * (np.arange(len(points)) - np.arange(len(points))[:, None])
-    for tried in [count] if count else range(CHECKPOINTS[0], CHECKPOINTS[1] + 1):
-        legs = np.where(ahead < min(2 * radius, driven.length / (2 * tried)), np.inf, cost)
-        ways = [_cheapest(legs, tried, first) for first in range(PLACES if loop else 1)]
-        places = min(ways)[1]
-        if max(stray[a, b] for a, b in zip(places[:-1], places[1:], strict=True)) < free:
-            break
+        cost[i, i + nearest : i + PLACES + 1] = (off**4).sum(0)[nearest - 1 :]
+    _, places = min(_cheapest(cost, count, first) for first in range(PLACES if loop else 1))
     s = step * np.array(places[1:])
     if loop:
         ahead_of_start = (s - driven.project(middle.points[0])[0] - radius) % driven.length
@@ -362,19 +354,14 @@ def _cheapest(legs: np.ndarray, count: int, first: int) -> tuple[float, list[int
 
 
 def task_toml(
-    centerline: np.ndarray,
-    width_m: float,
-    checkpoints: np.ndarray,
-    radius_m: float,
-    loop: bool = True,
-    hz: float = 10,
-    episode_s: float = 60,
-) -> str:
+    centerline: np.ndarray, width_m: float, checkpoints: np.ndarray, radius_m: float,
+    hz: float = 10, episode_s: float = 60,
+) -> str:  # fmt: skip
     """The text of a car's task file; points rounded to mm. An empty centre line leaves the floor open."""
     pairs = [f"[{x:.3f}, {y:.3f}]" for x, y in centerline]
     rows = [", ".join(pairs[i : i + 6]) for i in range(0, len(pairs), 6)]
     lines = ["[task]", 'robot = "car"', 'kind = "course"', f"hz = {hz:g}", f"episode_s = {episode_s:g}", ""]
-    lines += ["[course]", f"loop = {str(loop).lower()}"]
+    lines += ["[course]", "loop = true"]
     if rows:
         lines += [f"width_m = {round(float(width_m), 3)}", "centerline = [", *(f"  {r}," for r in rows), "]"]
     for x, y in checkpoints:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Protocol
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -13,20 +13,14 @@ from ..drivers.base import DriverError
 from .twin import World
 
 
-class Simulated(Protocol):
-    """A twin that can be looked at."""
-
-    world: World
-
-
 class Camera:
-    """A camera of a twin's model (the car: chase, top, onboard) with its off-screen GL context.
+    """A camera of a twin's `world` (the car: chase, top, onboard) with its off-screen GL context.
 
     Belongs to the thread that made it. Raises DriverError without EGL, or for an unknown camera.
     """
 
-    def __init__(self, twin: Simulated, width: int = 320, height: int = 240, name: str = "chase") -> None:
-        self._model, self._data = twin.world.model, twin.world.data
+    def __init__(self, world: World, width: int = 320, height: int = 240, name: str = "chase") -> None:
+        self._model, self._data = world.model, world.data
         self._viewport = mujoco.MjrRect(0, 0, width, height)
         self._view = mujoco.MjvCamera()
         self._view.type = mujoco.mjtCamera.mjCAMERA_FIXED
@@ -68,7 +62,7 @@ class Camera:
         self._gl.free()
 
 
-def view(twin: Simulated) -> Any:
+def view(twin: Any) -> Any:
     """Open MuJoCo's viewer; call `.sync()` on what it returns to refresh, `.close()` to end.
 
     Raises DriverError where there is no display.

@@ -519,7 +519,7 @@ def _depth(point: np.ndarray, box: tuple[tuple[float, float], float, float]) -> 
 
 def camera(robot: CarTwin, *options) -> render.Camera:
     try:
-        return render.Camera(robot, *options)
+        return render.Camera(robot.world, *options)
     except DriverError as error:
         assert "EGL" in str(error)
         pytest.skip(str(error))
@@ -539,7 +539,7 @@ def test_frames_show_the_car_from_every_camera():
 
 def test_an_unknown_camera_is_refused_with_those_there_are():
     with pytest.raises(DriverError, match="nose.*chase.*onboard.*top"):
-        render.Camera(twin(), 96, 64, "nose")
+        render.Camera(twin().world, 96, 64, "nose")
 
 
 def test_rendering_changes_nothing():

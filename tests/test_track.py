@@ -424,7 +424,7 @@ def test_a_hairpin_gets_a_checkpoint_at_its_end():
     assert points[:, 0].max() > 15.0 and points[:, 0].min() < 1.0
 
 
-def test_the_number_of_checkpoints_is_chosen_by_the_course():
+def test_the_number_of_checkpoints_is_chosen_by_the_length():
     few, _ = track.place_checkpoints(circle(2.0), None, True, circle(2.0), 1.5)
     many, _ = track.place_checkpoints(track.resample(car_loop(), 0.25, True), None, True, None, 1.5)
     assert len(few) == 4 and len(many) == 8
@@ -455,8 +455,8 @@ def test_the_task_text_is_toml_to_the_millimetre():
     assert np.array(data["course"]["centerline"]) == pytest.approx(center, abs=5.1e-4)
     assert np.array([c["at"] for c in data["checkpoint"]]) == pytest.approx(points, abs=5.1e-4)
     assert {c["radius_m"] for c in data["checkpoint"]} == {radius}
-    floor = tomllib.loads(track.task_toml(np.zeros((0, 2)), 0.0, points, radius, loop=False))
-    assert floor["course"] == {"loop": False}
+    floor = tomllib.loads(track.task_toml(np.zeros((0, 2)), 0.0, points, radius))
+    assert floor["course"] == {"loop": True}
 
 
 @pytest.mark.parametrize(("name", "length"), [("car-loop", 52.9), ("hook", 50.3)])
