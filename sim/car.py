@@ -45,13 +45,9 @@ class CarTwin:
     channels, command = CHANNELS, COMMAND
 
     def __init__(
-        self,
-        walls: Sequence[np.ndarray] = (),
-        start: tuple[float, float, float] = (0.0, 0.0, 0.0),
-        seed: int = 0,
-        realtime: bool = False,
-        noise: bool = True,
-    ) -> None:
+        self, walls: Sequence[np.ndarray] = (), start: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        seed: int = 0, realtime: bool = False, noise: bool = True,
+    ) -> None:  # fmt: skip
         model = build(walls)
         sensors = [Sensor(c, noise * SENSORS[c.name][0], SENSORS[c.name][1], noise * JITTER_S) for c in CHANNELS]
         self.world = World(model, sensors, self._control, self._measure, self._watch, seed, realtime)

@@ -16,20 +16,17 @@ from .twin import World
 class Camera:
     """A camera of a twin's `world` (the car: chase, top, onboard) with its off-screen GL context.
 
-    Belongs to the thread that made it. Raises DriverError without EGL, or for an unknown camera.
+    Belongs to the thread that made it. Raises DriverError without EGL, KeyError for an unknown camera.
     """
 
     def __init__(self, world: World, width: int = 320, height: int = 240, name: str = "chase") -> None:
         self._model, self._data = world.model, world.data
         self._viewport = mujoco.MjrRect(0, 0, width, height)
         self._view = mujoco.MjvCamera()
-        self._view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._view.type, self._view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self._model.camera(name).id
         try:
-            self._view.fixedcamid = self._model.camera(name).id
             from mujoco.egl import GLContext
             self._gl = GLContext(width, height)
-        except KeyError as error:
-            raise DriverError(f"no such camera: {error.args[0]}") from None
         except (ImportError, RuntimeError, AttributeError) as error:
             raise DriverError(f"no EGL here ({error}); install libegl1 and libgl1-mesa-dri") from None
         self._gl.make_current()

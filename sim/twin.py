@@ -29,15 +29,10 @@ class World:
     """
 
     def __init__(
-        self,
-        model: mujoco.MjModel,
-        sensors: Sequence[Sensor],
-        control: Callable[[float], None],
-        measure: Callable[[], Mapping[str, np.ndarray]],
-        watch: Callable[[], None],
-        seed: int = 0,
-        realtime: bool = False,
-    ) -> None:
+        self, model: mujoco.MjModel, sensors: Sequence[Sensor], control: Callable[[float], None],
+        measure: Callable[[], Mapping[str, np.ndarray]], watch: Callable[[], None],
+        seed: int = 0, realtime: bool = False,
+    ) -> None:  # fmt: skip
         self.model, self.data = model, mujoco.MjData(model)
         self.dt = float(model.opt.timestep)
         self._control, self._measure, self._watch = control, measure, watch
@@ -100,17 +95,15 @@ class World:
                 step(model, data)
                 watch()
             self._steps += n
-            if self._steps % self._batch == 0:
-                self._sample()
+            if self._steps % self._batch:
+                continue
+            truth = self._measure()
+            for sensor, period in self._sensors.items():
+                if self._steps % period == 0:
+                    sensor.put(self._steps * self.dt, truth[sensor.channel.name], self._rng)
         if self.data.warning.number.any():
             kinds = [mujoco.mjtWarning(i).name for i in np.flatnonzero(self.data.warning.number)]
             raise DriverError(f"twin: the physics failed ({', '.join(kinds)}); place the robot again")
-
-    def _sample(self) -> None:
-        truth = self._measure()
-        for sensor, period in self._sensors.items():
-            if self._steps % period == 0:
-                sensor.put(self._steps * self.dt, truth[sensor.channel.name], self._rng)
 
 
 class Sensor:

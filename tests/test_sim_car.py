@@ -538,7 +538,7 @@ def test_frames_show_the_car_from_every_camera():
 
 
 def test_an_unknown_camera_is_refused_with_those_there_are():
-    with pytest.raises(DriverError, match="nose.*chase.*onboard.*top"):
+    with pytest.raises(KeyError, match="nose.*chase.*onboard.*top"):
         render.Camera(twin().world, 96, 64, "nose")
 
 
