@@ -83,7 +83,7 @@ class Trainer:
         self.replay, self.prior = Replay(*shape), Replay(*shape)
         for i, records in enumerate(prior):
             for sample in samples(task, records):
-                self.prior.add(i, sample)
+                self.prior.add((i, sample.part), sample)
         self.state = self._algorithm.init(self.agent, jax.random.key(seed), *sizes)
         self._rng = np.random.default_rng(seed)
         self._streams: dict[str, _Stream] = {}
@@ -111,7 +111,7 @@ class Trainer:
         entry = self._streams.setdefault(stream, _Stream(Fold(self.task)))
         entry.seq = record.seq
         for sample in entry.fold.push(record):
-            self.replay.add(stream, sample)
+            self.replay.add((stream, sample.part), sample)
         metrics = entry.episodes.push(record)
         if record.action is not None:
             self.steps += 1

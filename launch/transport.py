@@ -137,7 +137,7 @@ class LearnerLink:
     def _send(self, route: bytes, kind: str, body: bytes = b"", **fields: Any) -> bool:
         return self._pump.send([route, *wire.encode(kind, body, **fields)])
 
-    def _serve(self, stream: _Stream) -> None:
+    def _serve(self, stream: Stream) -> None:
         """Send one actor what is due; what the pipe does not take now stays due."""
         news = stream.expected - 1, stream.run_until, self._weights.version, self._stop
         if news != stream.told:
@@ -186,7 +186,7 @@ class LearnerLink:
         stream.seen, stream.report = time.monotonic(), stream.report | {"state": "run"}
         self._send(route, "WELCOME", stream=name)
 
-    def _on_message(self, stream: _Stream, meta: Meta, message: Message) -> None:
+    def _on_message(self, stream: Stream, meta: Meta, message: Message) -> None:
         fields = message.fields
         if message.kind == "DATA":
             self._on_data(stream, meta, fields["seq"], wire.unpack_records(message.body))
@@ -200,7 +200,7 @@ class LearnerLink:
         elif message.kind == "WANT":
             stream.want = fields["offset"] if fields["version"] == self._weights.version else 0
 
-    def _on_data(self, stream: _Stream, meta: Meta, first: int, payloads: list[bytes]) -> None:
+    def _on_data(self, stream: Stream, meta: Meta, first: int, payloads: list[bytes]) -> None:
         known = stream.expected - first
         new = payloads[known:] if 0 <= known else []
         new = new[: MAX_QUEUED - len(self._queue)]

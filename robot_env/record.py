@@ -146,7 +146,7 @@ class Meta:
 
 def _fit(kinds: str, values: Sequence[Any]) -> bool:
     due = kinds.split()
-    return len(due) == len(values) and all(KINDS[kind](value) for kind, value in zip(due, values))
+    return len(due) == len(values) and all(KINDS[kind](value) for kind, value in zip(due, values, strict=True))
 
 
 def encode(record: Record) -> bytes:

@@ -26,6 +26,7 @@ class Sample:
     terminated: bool
     truncated: bool
     train: bool  # False where the command left the action box, and for resets (DESIGN law 5)
+    part: int = 0  # of its stream, rises where records are lost: samples of two parts are never paired
 
 
 class Fold:
@@ -41,10 +42,16 @@ class Fold:
         self._action = task.rest
         self._pending: Sample | None = None
         self._acted = False  # the record before had an action, so time has passed
+        self._seq, self._part = 0, 0  # of the record before
 
     def push(self, record: Record) -> list[Sample]:
         """The samples that `record` completes: itself, or with `relabel` the one before it."""
         outcome = None
+        lost, self._seq = self._seq not in (0, record.seq - 1), record.seq
+        out = self.close() if lost else []
+        if lost:  # what was done, and with it what came of it, is not known: begin anew
+            self._part, self._acted = self._part + 1, False
+            self._progress, self._action = None, self._task.rest
         if self._progress is None:
             self._progress = self._task.begin(record.reading)
         elif self._acted:
@@ -57,26 +64,25 @@ class Fold:
             action = np.clip(record.action, -1.0, 1.0)
         self._acted = action is not None
         train = (
-            action is not None
+            action is not None and not lost
             and record.source in TRAINED_SOURCES
             and bool((np.abs(self._action) <= 1.0 + BOX_TOLERANCE).all())
         )
-        sample = Sample(obs, before, action, record.reward, record.terminated, record.truncated, train)
+        ended = record.terminated, record.truncated
+        sample = Sample(obs, before, action, record.reward, *ended, train, self._part)
         if not self._relabel:
             return [sample]
         done, self._pending = self._pending, sample if action is not None else None
-        out = []
         if done is not None and outcome is not None:
-            ended = outcome.terminated or outcome.truncated
+            over = outcome.terminated or outcome.truncated
             out.append(
                 replace(done, reward=outcome.reward, terminated=outcome.terminated, truncated=outcome.truncated)
             )
-            if ended and action is not None:  # the task ends here though the recording goes on
+            if over and action is not None:  # the task ends here though the recording goes on
                 out.append(replace(sample, action=None, train=False))
         if action is None:
             out.append(sample)
         return out
-
 
     def close(self) -> list[Sample]:
         """The end of a recording that was cut short: its last observation closes the segment."""
