@@ -26,6 +26,7 @@ from .transport import ActorLink
 from .wire import WireError
 
 STATUS_EVERY_S = 0.5
+LEARNER_WAIT_S = 60.0  # a learner that is being started takes a while to answer
 
 
 @dataclass
@@ -114,6 +115,7 @@ def act(
             raise Stopped
 
     env.on_record.append(send)
+    env.version = pilot.version
     try:
         obs, _ = env.reset(seed=seed)
         while not _asked(stop, link):
@@ -144,7 +146,7 @@ def serve(
     link = ActorLink(address)
     left = 0
     try:
-        orders = link.start(on_wait=lambda: _give_up(stop, link))
+        orders = link.start(LEARNER_WAIT_S, on_wait=lambda: _give_up(stop, link))
         spec = catalog.spec_of(str(orders["task"]), str(orders["name"]))
         if task is not None and catalog.load_spec(task).text != spec.text:
             raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -12,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tether.launch import cli
-from tether.launch.transport import ActorLink
+from tether.launch import actor, cli
 from tether.robot_env.record import read_recording
 
 COMMANDS = (
@@ -207,7 +205,7 @@ def test_a_task_file_that_cannot_be_used(command, old, new, says, capsys):
 
 
 def test_an_unreachable_learner(capsys, monkeypatch):
-    monkeypatch.setattr(ActorLink, "start", functools.partialmethod(ActorLink.start, 0.3))
+    monkeypatch.setattr(actor, "LEARNER_WAIT_S", 0.3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
