@@ -19,8 +19,7 @@ class Gamepad:
     def __init__(self, path: str = "/dev/input/js0") -> None:
         self._path = path
         self._file: int | None = None
-        self._axes: dict[int, float] = {}
-        self._buttons: dict[int, bool] = {}
+        self._now: dict[tuple[int, int], int] = {}  # (AXIS or BUTTON, number) -> value
 
     def open(self) -> None:
         """Raises DriverError when there is no gamepad."""
@@ -44,12 +43,9 @@ class Gamepad:
             if len(event) < EVENT.size:
                 break
             _, value, kind, number = EVENT.unpack(event)
-            if kind & ~INIT == AXIS:
-                self._axes[number] = value / 32767
-            elif kind & ~INIT == BUTTON:
-                self._buttons[number] = bool(value)
-        steer, speed = -self._axes.get(self.STEER_AXIS, 0.0), -self._axes.get(self.SPEED_AXIS, 0.0)
-        return steer, speed, self._buttons.get(self.STOP_BUTTON, False)
+            self._now[kind & ~INIT, number] = value
+        steer, speed = (-self._now.get((AXIS, n), 0) / 32767 for n in (self.STEER_AXIS, self.SPEED_AXIS))
+        return steer, speed, bool(self._now.get((BUTTON, self.STOP_BUTTON)))
 
     def close(self) -> None:
         """Idempotent."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,7 @@ def start_view(env: RobotEnv | GymEnv) -> None:
     robot = getattr(env, "robot", None)
     if not isinstance(robot, Twin):
         raise DriverError("--view shows twins; this is not one")
-    viewer = catalog.find("sim.render:view")(robot)
+    viewer = resolve_name("tether.sim.render:view")(robot)
     env.on_record.append(lambda record: viewer.sync())
 
 

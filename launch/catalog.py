@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
-from ..drivers.base import Channel, Command, DriverError, Robot
+from ..drivers.base import Channel, Command, DriverError
 from ..robot_env import gym_env, task
 from ..robot_env.env import RobotEnv
 from ..robot_env.rate import Rate
@@ -20,7 +21,7 @@ from ..robot_env.task import Task, TaskError, TaskSpec
 
 @dataclass(frozen=True)
 class RobotRow:
-    """A robot: where its declaration, its twin and its driver are ("module:name" below tether)."""
+    """A robot: where its declaration, its twin and its driver are ("package.module:name")."""
 
     declaration: str  # module with CHANNELS and COMMAND
     twin: str  # (walls, start, seed, realtime) -> Twin
@@ -29,11 +30,11 @@ class RobotRow:
 
 
 ROBOTS = {
-    "car": RobotRow("drivers.car", "sim.car:CarTwin", None, "1/10 RC car, VESC and tracking camera"),
-    "fake": RobotRow("drivers.fake", "drivers.fake:fake_twin", None, "a point on a plane, for tests"),
+    "car": RobotRow("tether.drivers.car", "tether.sim.car:CarTwin", None, "1/10 RC car, VESC and tracking camera"),
+    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:fake_twin", None, "a point on a plane, for tests"),
 }
-KINDS = {"course": "robot_env.course:Course"}
-ALGORITHMS = {"rlpd": "agents.rlpd"}
+KINDS = {"course": "tether.robot_env.course:Course", "gym": "tether.robot_env.gym_env:GymTask"}
+ALGORITHMS = {"rlpd": "tether.agents.rlpd"}
 
 
 class CatalogError(ValueError):
@@ -48,18 +49,12 @@ def robots() -> dict[str, RobotRow]:
 def algorithms() -> dict[str, Callable[[], ModuleType]]:
     """What imports each algorithm, those of the `tether.algorithms` entry points too."""
     plugged = {e.name: e.load for e in entry_points(group="tether.algorithms")}
-    return {name: partial(import_module, f"..{module}", __package__) for name, module in ALGORITHMS.items()} | plugged
+    return {name: partial(import_module, module) for name, module in ALGORITHMS.items()} | plugged
 
 
 def algorithm(name: str) -> ModuleType:
     """The module with Config, State, init, act, update. Raises CatalogError."""
     return _chosen("algorithm", name, algorithms())()
-
-
-def find(path: str) -> Any:
-    """The object at "module:name" below tether."""
-    module, name = path.split(":")
-    return getattr(import_module(f"..{module}", __package__), name)
 
 
 def row(name: str) -> RobotRow:
@@ -90,7 +85,7 @@ def declaration(spec: TaskSpec) -> tuple[tuple[Channel, ...], Command]:
         found = gym_env.declare(env, spec.hz)
         env.close()
         return found
-    module = import_module(f"..{row(spec.robot).declaration}", __package__)
+    module = import_module(row(spec.robot).declaration)
     return module.CHANNELS, module.COMMAND
 
 
@@ -107,37 +102,28 @@ def make_task(spec: TaskSpec) -> Task:
         limits(spec)
     except (CatalogError, SafetyError) as error:
         raise TaskError(f"{spec.name}: {error}") from None
-    kind = gym_env.GymTask if spec.kind == "gym" else find(KINDS[spec.kind])
-    return kind(spec, channels, command)
-
-
-def make_robot(
-    task: Task, real: bool = False, seed: int = 0, realtime: bool = False
-) -> Robot:
-    """The twin, or with `real` the hardware. Raises DriverError when there is no driver."""
-    entry = row(task.spec.robot)
-    if real:
-        if entry.driver is None:
-            raise DriverError(f"robot {task.spec.robot} has no hardware driver yet; leave out --real to use its twin")
-        return find(entry.driver)()
-    try:
-        twin: Callable[..., Robot] = find(entry.twin)
-    except ModuleNotFoundError as error:
-        raise DriverError(f"the twin needs {error.name}: pip install 'tether[sim]'") from None
-    return twin(walls=task.walls(), start=task.start, seed=seed, realtime=realtime)
+    return resolve_name(KINDS[spec.kind])(spec, channels, command)
 
 
 def make_env(
     task: Task, real: bool = False, seed: int = 0, realtime: bool = False
 ) -> RobotEnv | gym_env.GymEnv:
-    """The environment an actor drives: a robot behind its gate, or a Gymnasium environment."""
-    if task.spec.kind == "gym":
+    """The environment an actor drives: a robot (the twin, or with `real` the hardware) behind its gate, or a
+    Gymnasium environment. Raises DriverError where there is no driver.
+    """
+    spec = task.spec
+    if spec.kind == "gym":
         if real:
-            raise DriverError(f"{task.spec.name} is not a robot; leave out --real")
-        env = gym_env.make(task.spec.robot)
-        return gym_env.GymEnv(task, env, gym_env.declare(env, task.spec.hz)[1])  # type: ignore[arg-type]
-    robot = make_robot(task, real, seed, realtime)
-    gate = Gate(robot.command, limits(task.spec))
-    return RobotEnv(robot, task, gate, Rate(task.spec.hz, robot.now, robot.sleep))
-
-
+            raise DriverError(f"{spec.name} is not a robot; leave out --real")
+        env = gym_env.make(spec.robot)
+        return gym_env.GymEnv(task, env, gym_env.declare(env, spec.hz)[1])  # type: ignore[arg-type]
+    entry = row(spec.robot)
+    where = entry.driver if real else entry.twin
+    if where is None:
+        raise DriverError(f"robot {spec.robot} has no hardware driver yet; leave out --real to use its twin")
+    try:
+        make = resolve_name(where)
+    except ModuleNotFoundError as error:
+        raise DriverError(f"the robot needs {error.name}: pip install 'tether[sim]' for its twin") from None
+    robot = make() if real else make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime)
+    return RobotEnv(robot, task, Gate(robot.command, limits(spec)), Rate(spec.hz, robot.now, robot.sleep))

@@ -42,6 +42,11 @@ class Tally:
         robot = getattr(self.env, "robot", None)
         return int(robot.truth()["contacts"]) if isinstance(robot, Twin) else None
 
+    @property
+    def median_s(self) -> float | None:
+        """The median lap time."""
+        return round(float(np.median(self.laps)), 3) if self.laps else None
+
     def report(self) -> dict[str, Any]:
         """The keys of DESIGN's `eval` and `drive`."""
         p50, p99, worst = np.percentile(self.policy_ms, [50, 99, 100]).round(4).tolist()
@@ -55,33 +60,27 @@ class Tally:
             "late": self.env.rate.late if isinstance(self.env, RobotEnv) else 0,
         }
         if isinstance(self.env.task, Course):
-            times = [round(t, 3) for t in self.laps]
-            median = round(float(np.median(times)), 3) if times else None
             rows = (len(list(row)) for clean, row in itertools.groupby(self._clean) if clean)
             out |= {
-                "laps": len(times),
+                "laps": len(self.laps),
                 "clean_laps": max(rows, default=0),
                 "contacts": self.contacts,
-                "lap_time_s": {"median": median, "best": min(times, default=None), "all": times},
+                "lap_time_s": {"median": self.median_s, "best": min(self.laps, default=None), "all": self.laps},
             }
         return out
 
     def _see(self, record: Record) -> None:
         self.steps += record.action is not None
         if "lap_time_s" in record.events:
-            self.laps.append(record.events["lap_time_s"])
+            self.laps.append(round(record.events["lap_time_s"], 3))
             self._clean.append(bool(record.events["lap_clean"]) and self.contacts == self._contacts_before)
         if "lap_started" in record.events:
             self._contacts_before = self.contacts
 
 
 def drive(
-    env: RobotEnv | GymEnv,
-    driver: Driver,
-    laps: int | None = None,
-    episodes: int | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
+    env: RobotEnv | GymEnv, driver: Driver, laps: int | None = None, episodes: int | None = None,
+    steps: int | None = None, seed: int | None = None,
 ) -> dict[str, Any]:
     """Drive until so many laps, episodes or steps are done, whichever comes first, and close the environment.
 

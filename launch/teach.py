@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..drivers.base import DriverError, Twin
+from ..drivers.base import DriverError
 from ..drivers.gamepad import Gamepad
 from ..drivers.keyboard import Keyboard
 from ..robot_env import record, task, track
 from ..robot_env.env import RobotEnv
 from . import catalog
-from .evaluate import pursuit
+from .evaluate import Tally, pursuit
 from .folder import stream_meta
 
 LOOKAHEAD_M = 0.8  # of the scripted driver
@@ -78,19 +78,16 @@ def record_laps(
     """Drive, write every record as it happens, and close the environment. Returns DESIGN's keys of `record`."""
     if out.exists():
         raise record.RecordError(f"{out} is already there; choose another --out")
-    times: list[float] = []
-    steps, overlap = 0, 0.0
+    tally, overlap = Tally(env), 0.0
     with closing(record.SegmentWriter(out, stream_meta(env.task.spec))) as writer, closing(env):
 
         def keep(made: record.Record) -> None:
-            nonlocal steps, overlap
+            nonlocal overlap
             writer.append(made)
-            steps += made.action is not None
-            if len(times) >= laps:
+            if len(tally.laps) >= laps:
                 overlap += abs(float(made.reading.values["velocity"][0])) / env.task.spec.hz
             if "lap_time_s" in made.events:
-                times.append(made.events["lap_time_s"])
-                say(f"lap {len(times)} of {laps}: {times[-1]:.1f} s")
+                say(f"lap {len(tally.laps)} of {laps}: {tally.laps[-1]:.1f} s")
 
         env.on_record.append(keep)
         env.source = "teacher"
@@ -99,11 +96,10 @@ def record_laps(
             obs, _, terminated, truncated, _ = env.step(wish)
             if terminated or truncated:
                 obs, _ = env.reset()
-        contacts = int(env.robot.truth()["contacts"]) if isinstance(env.robot, Twin) else None
-    return {
-        "file": str(out), "steps": steps, "laps": len(times), "contacts": contacts,
-        "lap_time_s": round(float(np.median(times)), 3) if times else None,
-    }  # fmt: skip
+        return {
+            "file": str(out), "steps": tally.steps, "laps": len(tally.laps), "lap_time_s": tally.median_s,
+            "contacts": tally.contacts,
+        }  # fmt: skip
 
 
 def make_course(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from importlib import import_module
+from pkgutil import resolve_name
 
 import gymnasium
 import numpy as np
@@ -40,7 +41,7 @@ at = [0.0, -3.0]
 
 def make(row: str) -> Twin:
     try:
-        twin = catalog.find(catalog.ROBOTS[row].twin)
+        twin = resolve_name(catalog.ROBOTS[row].twin)
     except ModuleNotFoundError as error:
         pytest.skip(f"needs {error.name}")
     return twin(walls=[SQUARE], start=(1.0, 2.0, 0.5), seed=3, realtime=False)
@@ -63,7 +64,7 @@ def middle(robot: Robot) -> np.ndarray:
 
 
 def test_the_declaration_is_the_robots_own_and_makes_sense(row, robot):
-    module = import_module(f"tether.{catalog.ROBOTS[row].declaration}")
+    module = import_module(catalog.ROBOTS[row].declaration)
     assert robot.channels == module.CHANNELS and robot.command == module.COMMAND
     assert isinstance(robot, Twin)
     names = [c.name for c in robot.channels]
