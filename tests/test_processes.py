@@ -1,0 +1,354 @@
+"""Learner and actors as real processes that are killed, restarted and stopped; and the same weights twice."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tether.launch import catalog, config
+from tether.robot_env.record import Record, read_streams
+
+jax = pytest.importorskip("jax")
+
+from tether.launch.trainer import Trainer  # noqa: E402
+
+PATIENCE = 120.0  # s, for what is awaited; never for what is asserted
+SETTINGS = ["agent.hidden=[16,16]", "agent.utd=1", "agent.batch=32", "agent.ensemble=2", "learner.start_steps=10",
+            "learner.snapshot_every_s=1.0"]  # fmt: skip
+TINY = [part for setting in SETTINGS for part in ("--set", setting)]
+FAKE = """
+[task]
+robot = "fake"
+kind = "course"
+hz = 10
+episode_s = 6
+[course]
+width_m = 2.0
+centerline = [[0.0, 0.0], [8.0, 0.0], [8.0, 8.0], [0.0, 8.0]]
+[[checkpoint]]
+at = [4.0, 0.0]
+[[checkpoint]]
+at = [8.0, 4.0]
+[[checkpoint]]
+at = [4.0, 8.0]
+[[checkpoint]]
+at = [0.0, 4.0]
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fake.toml").write_text(FAKE)
+
+
+@contextmanager
+def tether(*arguments: object):
+    """A process of ours, its output in a file; killed at the end if it has not ended."""
+    log = open(f"{arguments[0]}-{time.monotonic_ns()}.log", "w+")
+    command = [sys.executable, "-m", "tether.launch.cli", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        log.seek(0)
+        print(f"--- {' '.join(command[2:])}\n{log.read()}")
+        log.close()
+
+
+def await_(ready: Callable[[], object], *processes: subprocess.Popen) -> None:
+    """Until `ready`, while all the processes live."""
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        for process in processes:
+            assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < deadline
+        try:
+            processes[0].wait(0.05)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def stored() -> dict[str, list[Record]]:
+    """What a learner has written so far; also while it writes."""
+    if not Path("run/steps").is_dir():
+        return {}
+    return {m.stream: records for m, records in read_streams("run/steps", on_damage=lambda line: None)}
+
+
+def count() -> int:
+    return sum(map(len, stored().values()))
+
+
+def each_once_and_in_order() -> dict[str, list[Record]]:
+    """No record lost, none doubled."""
+    streams = {meta.stream: records for meta, records in read_streams("run/steps", on_damage=pytest.fail)}
+    for records in streams.values():
+        assert [r.seq for r in records] == list(range(1, len(records) + 1))
+        times = [r.time for r in records]
+        assert times == sorted(times)
+    return streams
+
+
+def steps_of(streams: dict[str, list[Record]]) -> int:
+    return sum(r.action is not None for records in streams.values() for r in records)
+
+
+def restored() -> Trainer:
+    settings, facts = config.read(Path("run").resolve())
+    trainer = Trainer(make_task(), settings, int(facts["seed"]))
+    cursor, warning = trainer.load(Path("run/snapshots"))
+    assert not warning
+    streams = each_once_and_in_order()
+    assert cursor == {stream: len(records) for stream, records in streams.items()}
+    return trainer
+
+
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+# --- processes
+
+
+def test_a_killed_learner_and_a_killed_actor_lose_and_double_nothing():
+    address = free_address()
+    learner = ("learner", "fake.toml", "--out", "run", "--bind", address, "--steps", 1_000_000, *TINY)
+    with tether("actor", "--learner", address) as actor:  # waits for its learner
+        with tether(*learner) as first:
+            await_(lambda: count() > 60, first, actor)
+            first.kill()
+            first.wait()
+        before = count()
+        with tether(*learner, "--resume") as second:
+            await_(lambda: count() > before + 60, second, actor)  # the same actor goes on
+            assert len(stored()) == 1
+            actor.kill()
+            actor.wait()
+            before = count()
+            with tether("actor", "--learner", address) as other:
+                await_(lambda: count() > before + 60, second, other)
+                second.send_signal(signal.SIGINT)
+                assert other.wait(PATIENCE) == 0  # told to stop
+                assert second.wait(PATIENCE) == 0
+    streams = each_once_and_in_order()
+    assert len(streams) == 2 and min(map(len, streams.values())) > 60
+    assert sorted(records[-1].action is None for records in streams.values()) == [False, True]  # one was killed
+    trainer = restored()
+    # every step made its update, before the restart and after, but for what came after the stop
+    late = steps_of(streams) - trainer.start_steps + 1 - trainer.updates
+    assert 0 <= late <= trainer.config.learner.max_lead + 1
+
+
+def test_two_actors_feed_one_learner():
+    address = free_address()
+    learner = ("learner", "fake.toml", "--out", "run", "--bind", address, "--steps", 400, *TINY)
+    with tether(*learner) as one, tether("actor", "--learner", address) as a:
+        with tether("actor", "--learner", address, "--seed", 1) as b:
+            await_(lambda: one.poll() is not None or len(stored()) == 2, a)
+            assert one.wait(PATIENCE) == 0 and a.wait(PATIENCE) == 0 and b.wait(PATIENCE) == 0
+    streams = each_once_and_in_order()
+    assert len(streams) == 2 and all(records[-1].action is None for records in streams.values())
+    assert steps_of(streams) >= 400
+    assert {r.version > 0 for records in streams.values() for r in records} == {True}
+    poses = [np.array([r.reading.values["pose"][:2] for r in records[:40]]) for records in streams.values()]
+    n = min(map(len, poses))
+    assert not np.array_equal(poses[0][:n], poses[1][:n])  # each explores by itself
+    restored()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_snapshot_and_it_can_go_on(number):
+    with tether("run", "fake.toml", "--out", "run", "--steps", 1_000_000, *TINY) as run:
+        await_(lambda: count() > 40, run)
+        (child,) = children(run.pid)
+        run.send_signal(number)
+        assert run.wait(PATIENCE) == 0
+        assert not Path(f"/proc/{child}").exists()
+    streams = each_once_and_in_order()
+    (records,) = streams.values()
+    assert records[-1].action is None  # the robot was stopped and let go of
+    restored()
+    assert not Path("run/error.txt").exists()
+    if number == signal.SIGINT:
+        total = steps_of(streams) + 30
+        with tether("run", "fake.toml", "--resume", "--out", "run", "--steps", total) as again:
+            assert again.wait(PATIENCE) == 0
+        streams = each_once_and_in_order()
+        assert len(streams) == 2 and steps_of(streams) >= total
+        restored()
+
+
+def test_an_actor_does_not_outlive_the_run_it_belongs_to():
+    with tether("run", "fake.toml", "--out", "run", "--steps", 1_000_000, *TINY) as run:
+        await_(lambda: count() > 20, run)
+        (child,) = children(run.pid)
+        run.kill()
+        run.wait()
+        orphan = os.pidfd_open(child)
+        try:
+            assert select_readable(orphan)
+        finally:
+            os.close(orphan)
+    with tether("run", "fake.toml", "--resume", "--out", "run", "--steps", count() + 20) as again:
+        assert again.wait(PATIENCE) == 0
+    each_once_and_in_order()
+
+
+def test_an_actor_that_fails_ends_the_run_with_its_reason(monkeypatch):
+    with tether("run", "fake.toml", "--out", "run", "--steps", 1_000_000, *TINY) as run:
+        await_(lambda: count() > 20, run)
+        (child,) = children(run.pid)
+        os.kill(child, signal.SIGKILL)
+        assert run.wait(PATIENCE) == 2
+    (log,) = Path().glob("run-*.log")
+    assert re.search(r"tether: error: the actor ended with status -9; .*--resume", log.read_text())
+    each_once_and_in_order()
+    restored()
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return [child for child in found if b"actor" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def select_readable(fd: int) -> bool:
+    import select
+
+    return bool(select.select([fd], [], [], PATIENCE)[0])
+
+
+# --- the same weights
+
+
+def make_task():
+    return catalog.make_task(catalog.load_spec("fake.toml"))
+
+
+def drive(steps: int, seed: int) -> list[Record]:
+    env = catalog.make_env(make_task(), seed=seed)
+    records: list[Record] = []
+    env.on_record.append(records.append)
+    rng = np.random.default_rng(seed)
+    env.reset()
+    while len(records) < steps:
+        _, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 2))
+        if terminated or truncated:
+            env.reset()
+    env.close()
+    return records
+
+
+def trainer(prior=(), seed: int = 0, *settings: str) -> Trainer:
+    return Trainer(make_task(), config.load("cpu", "course", [*SETTINGS, "agent.utd=2", *settings]), seed, prior)
+
+
+def leaves(one: Trainer) -> list[np.ndarray]:
+    found = []
+    for leaf in jax.tree.leaves(one.state):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        found.append(np.asarray(jax.random.key_data(leaf) if is_key else leaf))
+    return found
+
+
+def assert_equal(a: Trainer, b: Trainer) -> None:
+    assert (a.steps, a.updates, a.cursor) == (b.steps, b.updates, b.cursor) and a.updates > 50
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        assert x.tobytes() == y.tobytes()
+    assert a._rng.bit_generator.state == b._rng.bit_generator.state
+    for name, value in a.policy().items():
+        assert value.tobytes() == b.policy()[name].tobytes()
+
+
+def test_the_same_seed_and_records_give_the_same_weights_and_another_seed_others():
+    records, prior = drive(60, 1), [drive(60, 2)]
+    one, two, other = trainer(prior), trainer(prior), trainer(prior, 1)
+    for each in (one, two, other):
+        for record in records:
+            each.push("a", record)
+    assert_equal(one, two)
+    assert any(x.tobytes() != y.tobytes() for x, y in zip(leaves(one), leaves(other), strict=True))
+
+
+def test_warming_up_changes_nothing():
+    records = drive(50, 1)
+    one, two = trainer(), trainer()
+    two.warm_up()
+    for record in records:
+        one.push("a", record)
+        two.push("a", record)
+    assert_equal(one, two)
+
+
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, with_prior):
+    records = drive(90, 1)
+    prior = [drive(60, 2)] if with_prior else []
+    whole, first, second = trainer(prior), trainer(prior), trainer(prior)
+    for record in records:
+        whole.push("a", record)
+    for record in records[:40]:
+        first.push("a", record)
+    first.save(tmp_path / "snapshots")
+    cursor, warning = second.load(tmp_path / "snapshots")
+    assert not warning and cursor == {"a": 40}
+    for record in records:
+        second.push("a", record, train=record.seq > cursor["a"])
+    assert_equal(whole, second)
+
+
+def test_half_of_every_minibatch_is_prior_data():
+    mark = 77.0
+
+    def marked(record: Record) -> Record:
+        reading = record.reading
+        values = reading.values | {"accel": np.array([mark, 0.0, 9.81], np.float32)}
+        return replace(record, reading=replace(reading, values=values))
+
+    one = trainer([[marked(r) for r in drive(60, 2)]])
+    algorithm, shares = one._algorithm, []
+
+    def update(agent, state, batches):
+        shares.extend((np.asarray(batches["obs"])[..., 0] == np.float32(mark) * np.float32(0.1)).mean(-1))
+        return algorithm.update(agent, state, batches)
+
+    one._algorithm = SimpleNamespace(**vars(algorithm) | {"update": update})
+    records = drive(40, 1)
+    for record in records:
+        one.push("a", record)
+    steps = sum(r.action is not None for r in records)
+    assert len(shares) == one.updates and one.updates >= 2 * (steps - 2)  # with prior data from the start
+    assert set(shares) == {0.5}
+
+
+def test_updates_of_a_step_sample_the_records_up_to_it():
+    one = trainer([], 0, "learner.start_steps=5")
+    seen, algorithm = [], one._algorithm
+
+    def update(agent, state, batches):
+        seen.append(one.steps)
+        return algorithm.update(agent, state, batches)
+
+    one._algorithm = SimpleNamespace(**vars(algorithm) | {"update": update})
+    for record in drive(30, 1):
+        one.push("a", record)
+    assert seen == list(range(5, one.steps + 1))
