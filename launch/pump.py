@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import socket as sockets
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -37,14 +37,13 @@ class Pump:
     """A socket and the one thread that touches it.
 
     The thread calls `turn(messages that came)`, at least every TICK_MS; it returns True to be called again at
-    once, None to end. `changed` guards what the thread shares with others; an error of the thread is kept
-    for them.
+    once, None to end. An error of the thread is kept for whoever calls next.
     """
 
     def __init__(self, kind: int, address: str) -> None:
         where = checked(address)
-        self.changed = threading.Condition()
-        self.error: BaseException | None = None
+        self._changed = threading.Condition()
+        self.error: BaseException | None = None  # ends the thread, whoever sets it
         self._context = zmq.Context()
         self._socket = self._context.socket(kind)
         must = zmq.ROUTER_MANDATORY if kind == zmq.ROUTER else zmq.IMMEDIATE
@@ -76,40 +75,28 @@ class Pump:
             return False
         return True
 
-    @contextmanager
-    def sharing(self) -> Iterator[None]:
-        """Hold `changed` to tell the thread something, which then has a turn. Raises the thread's error."""
-        with self.changed:
-            self.check()
-            yield
-        self.wake()
-
     def wake(self) -> None:
-        """Have a turn now; from any thread."""
+        """Have a turn now; from any thread. Raises the error of the thread, if it had one."""
+        self.check()
         with suppress(OSError):  # it is awake already, or closed
             self._bell.send(b"!", sockets.MSG_DONTWAIT)
 
     def wait(self, ready: Callable[[], Any], timeout: float | None) -> bool:
         """Wait until `ready`, or until the thread failed, which is raised here; whether it is ready."""
-        with self.changed:
-            self.changed.wait_for(lambda: ready() or self.error, timeout)
+        with self._changed:
+            self._changed.wait_for(lambda: ready() or self.error, timeout)
             self.check()
             return bool(ready())
 
     def check(self) -> None:
-        """Raise the error of the thread, if it had one."""
+        """Raise the error that ended the thread, if there is one."""
         if self.error is not None:
             raise WireError(f"the link failed: {self.error}") from self.error
 
-    def fail(self, error: BaseException) -> None:
-        """End the thread with an error for whoever calls next."""
-        with self.changed:
-            self.error = error
-            self.changed.notify_all()
-
     def close(self) -> None:
         """Wait for the thread to end, and let go of the address."""
-        self.wake()
+        with suppress(WireError):
+            self.wake()
         self._thread.join()
         self._context.term()
         self._bell.close()
@@ -129,7 +116,10 @@ class Pump:
                     while len(came) < 64:
                         came.append(self._socket.recv_multipart(zmq.NOBLOCK))
                 again = turn(came)
+                with self._changed:
+                    self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001 - comes back from the next call
-            self.fail(error)
-        finally:
-            self._socket.close(LINGER_MS)
+            self.error = error
+        self._socket.close(LINGER_MS)
+        with self._changed:
+            self._changed.notify_all()

@@ -4,6 +4,8 @@ Records go to the learner in order, each once: the sender keeps them until they 
 to the first unacknowledged one after a second without progress or a new connection (go-back-N); the learner
 takes only the one it expects. Weights, which the actor asks for chunk by chunk, and permissions to go on
 (`run_until`) come back on the same socket.
+
+There are no locks: what two threads share is assigned as a whole by one of them, or is a deque.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ..robot_env.record import Meta, Record, RecordError, decode
 from . import wire
 from .pump import Pump
 from .spool import Spool
-from .wire import MAX_BODY, Message, VersionError, WireError
+from .wire import Message, VersionError, WireError
 
 WINDOW = 256  # records sent and not acknowledged
 GO_BACK_S = 1.0
@@ -68,14 +70,12 @@ class LearnerLink:
 
     def __init__(
         self, bind: str, spec: Meta | None, welcome: Mapping[str, Any],
-        journal: Callable[[Meta, int, list[bytes]], None],
-        expected: Mapping[str, int] | None = None,
+        journal: Callable[[Meta, int, list[bytes]], None], expected: Mapping[str, int],
     ) -> None:
         self._spec, self._welcome, self._journal = spec, msgpack.packb(welcome), journal
-        self._streams = {name: Stream(seq) for name, seq in (expected or {}).items()}
+        self._streams = {name: Stream(seq) for name, seq in expected.items()}
         self._queue: deque[tuple[str, Record]] = deque()
-        self._weights = wire.Weights(0, b"", "", "")
-        self._published_at = math.inf
+        self._weights = wire.NO_WEIGHTS
         self._stop, self._closing = "", False
         self.malformed = 0  # messages dropped
         self._pump = Pump(zmq.ROUTER, bind)
@@ -92,18 +92,16 @@ class LearnerLink:
 
     def set_run_until(self, stream: str, step: int) -> None:
         """Let the actor of `stream` go up to `step`; never less than before."""
-        entry = self._streams.get(stream)
-        if entry is not None and step > entry.run_until:
-            with self._pump.sharing():
-                entry.run_until = step
+        if stream in self._streams and step > self._streams[stream].run_until:
+            self._streams[stream].run_until = step
+            self._pump.wake()
 
     def publish(self, version: int, params: Mapping[str, np.ndarray]) -> None:
         """Offer weights to every actor, now and whenever one connects. They must be finite and newer."""
-        weights = wire.pack_weights(version, params)
-        with self._pump.sharing():
-            if version <= self._weights.version:
-                raise WireError(f"weights {version} are not newer than {self._weights.version}")
-            self._weights, self._published_at = weights, time.monotonic()
+        if version <= self._weights.version:
+            raise WireError(f"weights {version} are not newer than {self._weights.version}")
+        self._weights = wire.pack_weights(version, params)
+        self._pump.wake()
 
     def status(self) -> dict[str, Stream]:
         """What is known of every stream and its actor, to be looked at only."""
@@ -112,12 +110,12 @@ class LearnerLink:
 
     def stop(self, reason: str) -> None:
         """Tell every actor, those that connect later too, to end cleanly."""
-        with self._pump.sharing():
-            self._stop = wire.clip(reason) or "stop"
+        self._stop = wire.clip(reason)
+        self._pump.wake()
 
     def wait_closed(self, timeout: float) -> bool:
         """Wait until every connected actor has ended, and so delivered what it had."""
-        return self._pump.wait(lambda: not any(s.connected for s in self._streams.values()), timeout)
+        return self._pump.wait(lambda: not any(s.connected for s in self.status().values()), timeout)
 
     def close(self) -> None:
         """Send what is due and let go of the address. Idempotent."""
@@ -125,14 +123,13 @@ class LearnerLink:
         self._pump.close()
 
     def _turn(self, came: list[list[bytes]]) -> bool | None:
-        with self._pump.changed:
-            for route, *frames in came:
-                self._take(route, frames)
-            for stream in self._streams.values():
-                if stream.route:
-                    self._serve(stream)
-            self._pump.changed.notify_all()
-            return None if self._closing else False
+        closing = self._closing  # what was due before is sent below
+        for route, *frames in came:
+            self._take(route, frames)
+        for stream in self._streams.values():
+            if stream.route:
+                self._serve(stream)
+        return None if closing else False
 
     def _send(self, route: bytes, kind: str, body: bytes = b"", **fields: Any) -> bool:
         return self._pump.send([route, *wire.encode(kind, body, **fields)])
@@ -144,9 +141,8 @@ class LearnerLink:
             sent = self._send(stream.route, "ACK", seq=news[0], run_until=news[1], weights=news[2])
             sent = sent and (not self._stop or self._send(stream.route, "STOP", reason=self._stop))
             stream.told = news if sent else None
-        if stream.want is not None and self._weights.version:
-            if self._pump.send([stream.route, *self._weights.chunk(stream.want)]):
-                stream.want = None
+        if stream.want is not None and self._pump.send([stream.route, *self._weights.chunk(stream.want)]):
+            stream.want = None
 
     def _take(self, route: bytes, frames: list[bytes]) -> None:
         try:
@@ -173,17 +169,16 @@ class LearnerLink:
         meta, reason = Meta.from_json(message.body), ""
         stream = self._streams.get(name) or Stream(first)
         lines = self._spec.differences(meta) if self._spec is not None else []
-        full = len(self._streams) >= MAX_STREAMS and name not in self._streams
         if lines:
             reason = "the actor's robot is not the one this learner trains (here: the learner)"
-        elif meta.stream != name or not 1 <= first <= after or stream.expected > after or full:
+        elif meta.stream != name or not 1 <= first <= after >= stream.expected or len(self._streams) > MAX_STREAMS:
             reason = "this stream cannot go on here: start the actor again"
         if reason:
-            self._send(route, "REFUSE", "\n".join(lines).encode()[:MAX_BODY], reason=reason, again=False)
+            self._send(route, "REFUSE", "\n".join(lines).encode(), reason=reason, again=False)
             return
-        self._streams[name] = stream
         stream.meta, stream.route, stream.want, stream.told = meta, route, None, None
         stream.seen, stream.report = time.monotonic(), stream.report | {"state": "run"}
+        self._streams[name] = stream
         self._send(route, "WELCOME", stream=name)
 
     def _on_message(self, stream: Stream, meta: Meta, message: Message) -> None:
@@ -196,21 +191,22 @@ class LearnerLink:
         elif message.kind == "STATUS":
             stream.report = fields
             if fields["weights"] == self._weights.version:
-                stream.weights_at = self._published_at
+                stream.weights_at = self._weights.made_at
         elif message.kind == "WANT":
             stream.want = fields["offset"] if fields["version"] == self._weights.version else 0
 
     def _on_data(self, stream: Stream, meta: Meta, first: int, payloads: list[bytes]) -> None:
-        known = stream.expected - first
-        new = payloads[known:] if 0 <= known else []
-        new = new[: MAX_QUEUED - len(self._queue)]
+        if first > stream.expected:
+            return  # too early; the actor goes back
+        due, room = stream.expected, MAX_QUEUED - len(self._queue)
+        new = payloads[due - first :][:room]
         records = [decode(payload) for payload in new]
-        if [record.seq for record in records] != list(range(stream.expected, stream.expected + len(new))):
+        if any(record.seq != due + i for i, record in enumerate(records)):
             raise WireError("a record under another number")
         try:
-            self._journal(meta, stream.expected, new)
+            self._journal(meta, due, new)
         except Exception as error:  # noqa: BLE001 - comes back from the next call; nothing is acknowledged
-            self._pump.fail(error)
+            self._pump.error = error
             return
         stream.expected += len(new)
         stream.received += len(new)
@@ -226,17 +222,18 @@ class ActorLink:
         self.address = address
         self.stopped = ""  # why the learner said stop
         self.malformed = 0  # messages dropped
-        self._stream, self._meta = NOBODY, b""  # what HELLO says
-        self._answer: bytes | None = None  # the body of the WELCOME to it, on this connection
+        self._hello = NOBODY, b""  # stream and Meta
+        self._answer = "", b""  # the WELCOME to it, on this connection
+        self._hello_at, self._status_at = 0.0, 0.0  # when they are due
+        self._stats: dict[str, float] = {}
+        self._new: deque[tuple[int, bytes]] = deque()  # records on their way to the thread
         self._spool = Spool()
         self._sent = 0  # highest sequence number sent on this connection
         self._progress_at = 0.0  # when the window last moved
         self._inbox = wire.Inbox()
         self._wanting = False  # a chunk of weights was asked for and has not come
-        self._fresh: tuple[int, dict[str, np.ndarray]] | None = None
+        self._fresh: deque[tuple[int, dict[str, np.ndarray]]] = deque(maxlen=1)
         self._run_until = 0
-        self._hello_at, self._status_at = 0.0, 0.0  # when they are due
-        self._stats: dict[str, float] = {}
         self._flush_until = math.inf  # set by close
         self._pump = Pump(zmq.DEALER, address)
         self._pump.start(self._turn)
@@ -244,40 +241,34 @@ class ActorLink:
     def start(self, timeout: float = 10.0, on_wait: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """What the learner tells an actor. `on_wait()` is called twice a second meanwhile, and may raise to
         give up. WireError when no learner answers."""
-        return wire.unpack_map(self._await_answer(timeout, on_wait), max_text=MAX_BODY)
-
-    def begin(self, meta: Meta, timeout: float = 10.0) -> None:
-        """Open the stream `meta`. WireError with the differences when the learner refuses it."""
-        with self._pump.sharing():
-            self._stream, self._meta = meta.stream, meta.to_json()
-            self._answer, self._hello_at = None, 0.0
-        self._await_answer(timeout, lambda: None)
-
-    def _await_answer(self, timeout: float, on_wait: Callable[[], None]) -> bytes:
         give_up_at = time.monotonic() + timeout
-        while not self._pump.wait(lambda: self._answer is not None, min(0.5, timeout)):
+        while not self._pump.wait(lambda: self._open, min(0.5, timeout)):
             if time.monotonic() >= give_up_at:
                 raise WireError(
                     f"no learner at {self.address} after {timeout:.0f} s: start it with "
                     f"`tether learner TASK --bind {self.address}`"
                 )
             on_wait()
-        return self._answer or b""
+        return wire.unpack_map(self._answer[1])
+
+    def begin(self, meta: Meta, timeout: float = 10.0) -> None:
+        """Open the stream `meta`. WireError with the differences when the learner refuses it."""
+        self._hello, self._hello_at = (meta.stream, meta.to_json()), 0.0
+        self._pump.wake()
+        self.start(timeout)
 
     def send(self, seq: int, payload: bytes) -> None:
-        """Hand over the next record (`record.encode`). WireError when no more fit in memory."""
-        with self._pump.sharing():
-            self._spool.append(seq, payload)
+        """Hand over the next record (`record.encode`). The next call raises when no more fit in memory."""
+        self._new.append((seq, payload))
+        self._pump.wake()
 
     def weights(self, timeout: float = 0.0) -> tuple[int, dict[str, np.ndarray]] | None:
         """(version, parameters) of the newest complete set, once; None when there is none since.
 
         Waits up to `timeout` s for one, or until the learner says stop.
         """
-        with self._pump.changed:
-            self._pump.wait(lambda: self._fresh or self.stopped, timeout)
-            fresh, self._fresh = self._fresh, None
-        return fresh
+        self._pump.wait(lambda: self._fresh or self.stopped, timeout)
+        return self._fresh.popleft() if self._fresh else None
 
     def wait_run_until(self, step: int, timeout: float) -> bool:
         """Wait until the actor may reach `step`; False after `timeout` s or when the learner said stop."""
@@ -286,32 +277,37 @@ class ActorLink:
 
     def report(self, stats: Mapping[str, float]) -> None:
         """Numbers for the learner to show (at most 64, the finite ones); they go out twice a second."""
-        with self._pump.sharing():
-            self._stats = {wire.clip(k): float(v) for k, v in stats.items() if math.isfinite(v)}
+        self._pump.check()
+        self._stats = {wire.clip(k): float(v) for k, v in stats.items() if math.isfinite(v)}
 
     def close(self, timeout: float = 5.0) -> int:
         """Deliver what is left, for at most `timeout` s, and end. Returns the records not delivered."""
         self._flush_until = min(self._flush_until, time.monotonic() + timeout)
         self._pump.close()
-        return len(self._spool)
+        return len(self._spool) + len(self._new)
+
+    @property
+    def _open(self) -> bool:
+        """Whether the learner took our HELLO on this connection."""
+        return self._answer[0] == self._hello[0]
 
     def _turn(self, came: list[list[bytes]]) -> bool | None:
+        flush_until = self._flush_until  # what was handed over before is sent below
         for frames in came:
             self._take(frames)
-        with self._pump.changed:
-            self._pump.changed.notify_all()
-            now, more = time.monotonic(), False
-            if self._answer is None:
-                if now >= self._hello_at and self._send("HELLO", self._meta, first=self._spool.first,
-                                                        next=self._spool.next_seq):
-                    self._hello_at = now + HELLO_S
-            elif self._meta:
-                more = self._stream_on(now)
-            if now < self._flush_until and (self._flush_until == math.inf or len(self._spool)):
-                return more
-            if self._answer is not None and self._meta:
-                self._send_status("closed")
-            return None
+        while self._new:
+            self._spool.append(*self._new.popleft())
+        now, more, (stream, meta), spool = time.monotonic(), False, self._hello, self._spool
+        if self._open and meta:
+            more = self._stream_on(now)
+        elif not self._open and now >= self._hello_at:
+            if self._pump.send(wire.encode("HELLO", meta, stream=stream, first=spool.first, next=spool.next_seq)):
+                self._hello_at = now + HELLO_S
+        if now < flush_until and (flush_until == math.inf or len(spool)):
+            return more
+        if self._open and meta:
+            self._send_status("closed")
+        return None
 
     def _stream_on(self, now: float) -> bool:
         """Send the status when it is due, and a batch of records; whether there is more to send at once."""
@@ -320,16 +316,14 @@ class ActorLink:
             self._status_at = now + STATUS_S
         if self._sent < spool.first or now - self._progress_at > GO_BACK_S:
             self._sent, self._progress_at = spool.first - 1, now
-        if self._sent + 1 - spool.first >= WINDOW:
-            return False
-        batch = spool.batch(self._sent + 1)  # one a turn, so that nobody waits long for the lock
+        batch = spool.batch(self._sent + 1) if self._sent + 1 - spool.first < WINDOW else []
         if not batch or not self._send("DATA", msgpack.packb(batch), seq=self._sent + 1):
             return False
         self._sent += len(batch)
         return True
 
     def _send(self, kind: str, body: bytes = b"", **fields: Any) -> bool:
-        return self._pump.send(wire.encode(kind, body, stream=self._stream, **fields))
+        return self._pump.send(wire.encode(kind, body, stream=self._hello[0], **fields))
 
     def _send_status(self, state: str) -> bool:
         inbox = self._inbox
@@ -339,27 +333,22 @@ class ActorLink:
     def _take(self, frames: list[bytes]) -> None:
         try:
             message = wire.decode(frames, "learner")
-            if message.kind == "WEIGHTS":
-                self._on_weights(message)
-                return
-            with self._pump.changed:
-                getattr(self, f"_on_{message.kind.lower()}")(message.body, **message.fields)
+            getattr(self, f"_on_{message.kind.lower()}")(message.body, **message.fields)
         except VersionError as error:
-            self._pump.fail(error)
+            self._pump.error = error
         except WireError:
             self.malformed += 1
 
     def _on_welcome(self, body: bytes, stream: str) -> None:
-        if stream == self._stream:  # else the answer to an earlier question
-            self._answer, self._sent, self._status_at = body, 0, 0.0
-            self._inbox, self._wanting = wire.Inbox(), False  # another learner may count from 1 again
+        self._answer, self._sent, self._status_at = (stream, body), 0, 0.0
+        self._inbox, self._wanting = wire.Inbox(), False  # another learner may count from 1 again
 
     def _on_refuse(self, body: bytes, reason: str, again: bool) -> None:
-        if again and self._answer is not None:
-            self._answer, self._hello_at = None, 0.0
-        elif not again:
+        if not again:
             lines = body.decode(errors="replace").splitlines()
-            self._pump.fail(WireError("; ".join([f"the learner at {self.address} refuses: {reason}", *lines])))
+            self._pump.error = WireError("; ".join([f"the learner at {self.address} refuses: {reason}", *lines]))
+        elif self._open:
+            self._answer, self._hello_at = ("", b""), 0.0
 
     def _on_ack(self, body: bytes, seq: int, run_until: int, weights: int) -> None:
         spool = self._spool
@@ -375,19 +364,18 @@ class ActorLink:
         if weights > self._inbox.tried and not self._wanting:
             self._want(weights)
 
-    def _on_weights(self, message: Message) -> None:
-        number, params = message.fields["version"], self._inbox.take(message)  # hashed without the lock
-        with self._pump.changed:
-            if params is not None:
-                self._fresh = number, params
-            self._wanting = False
-            if self._inbox.tried < number:
-                self._want(number)
-            else:
-                self._status_at = 0.0  # tells what became of them
+    def _on_weights(self, body: bytes, version: int, **about: Any) -> None:
+        params = self._inbox.take(body, version, **about)
+        if params is not None:
+            self._fresh.append((version, params))
+        self._wanting = False
+        if self._inbox.tried < version:
+            self._want(version)
+        else:
+            self._status_at = 0.0  # tells what became of them
 
     def _want(self, version: int) -> None:
         self._wanting = self._send("WANT", version=version, offset=self._inbox.filled(version))
 
     def _on_stop(self, body: bytes, reason: str) -> None:
-        self.stopped = reason
+        self.stopped = reason or "stop"

@@ -8,7 +8,9 @@ no more and no fewer. The format of a record is `robot_env/record.py`'s.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +20,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from ..robot_env.record import KINDS as RECORD_KINDS
-from ..robot_env.record import MAX_TEXT
+from ..robot_env import record
+from ..robot_env.record import LIMITS, MAX_TEXT
 
 VERSION = 2
 MAX_HEADER = 8 << 10
@@ -28,12 +30,7 @@ MAX_BATCH = 32  # records in one DATA
 CHUNK = 256 << 10  # bytes of weights in one WEIGHTS: larger ones starve heartbeats on a slow link
 MAX_WEIGHTS = 64 << 20  # bytes
 
-_BOUNDS: dict[str, Any] = {
-    "max_str_len": MAX_TEXT, "max_bin_len": 64, "max_array_len": 64, "max_map_len": 64, "max_ext_len": 0,
-    "strict_map_key": True, "raw": False,
-}
-
-KINDS = RECORD_KINDS | {
+KINDS = record.KINDS | {
     "flag": lambda v: type(v) is bool,
     "sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v) is not None,
 }
@@ -97,7 +94,7 @@ def decode(frames: Sequence[bytes], sender: str) -> Message:
     """The message of frames from `sender`, whom nobody vouches for. Raises WireError."""
     if len(frames) != 2 or len(frames[0]) > MAX_HEADER or len(frames[1]) > MAX_BODY:
         raise WireError("a message is two frames, neither of them too long")
-    fields = unpack_map(frames[0])
+    fields = unpack_map(frames[0], MAX_TEXT)
     version, kind, crc = fields.pop("v", None), fields.pop("t", None), fields.pop("crc", None)
     if type(version) is not int or type(kind) is not str:
         raise WireError("the header has no version or no type")
@@ -128,9 +125,9 @@ def clip(text: str) -> str:
     return text.encode(errors="replace")[:MAX_TEXT].decode(errors="ignore")
 
 
-def unpack_map(data: bytes, max_text: int = MAX_TEXT) -> dict[str, Any]:
-    """A msgpack map of bytes nobody vouches for. Raises WireError."""
-    return _unpack(data, dict, max_str_len=max_text)
+def unpack_map(data: bytes, max_text: int = MAX_BODY) -> dict[str, Any]:
+    """A msgpack map of bytes nobody vouches for; empty bytes are an empty one. Raises WireError."""
+    return _unpack(data or b"\x80", dict, max_str_len=max_text)
 
 
 def unpack_records(body: bytes) -> list[bytes]:
@@ -143,7 +140,7 @@ def unpack_records(body: bytes) -> list[bytes]:
 
 def _unpack(data: bytes, kind: type, **bounds: int) -> Any:
     try:
-        value = msgpack.unpackb(data, **_BOUNDS | bounds)
+        value = msgpack.unpackb(data, **LIMITS | {"max_bin_len": 64} | bounds)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise WireError(f"malformed: {error}") from None
     if type(value) is not kind:
@@ -158,11 +155,15 @@ class Weights(NamedTuple):
     data: bytes  # a safetensors file
     layout: str
     sha256: str
+    made_at: float  # s, monotonic
 
     def chunk(self, offset: int) -> list[bytes]:
         """The WEIGHTS that begins at `offset`."""
         return encode("WEIGHTS", self.data[offset : offset + CHUNK], version=self.version, offset=offset,
                       nbytes=len(self.data), layout=self.layout, sha256=self.sha256)
+
+
+NO_WEIGHTS = Weights(0, b"", "0" * 64, "0" * 64, math.inf)
 
 
 def pack_weights(version: int, params: Mapping[str, np.ndarray]) -> Weights:
@@ -174,7 +175,7 @@ def pack_weights(version: int, params: Mapping[str, np.ndarray]) -> Weights:
     data = safetensors.save(arrays)
     if len(data) > MAX_WEIGHTS:
         raise WireError(f"weights {version} are not published: {len(data)} bytes, at most {MAX_WEIGHTS}")
-    return Weights(version, data, _layout(data), hashlib.sha256(data).hexdigest())
+    return Weights(version, data, _layout(data), _sha256(data), time.monotonic())
 
 
 class Inbox:
@@ -191,31 +192,32 @@ class Inbox:
         """Bytes that came of a version."""
         return len(self._data) if version == self._coming else 0
 
-    def take(self, message: Message) -> dict[str, np.ndarray] | None:
+    def take(
+        self, body: bytes, version: int, offset: int, nbytes: int, layout: str, sha256: str
+    ) -> dict[str, np.ndarray] | None:
         """The parameters that a WEIGHTS completes. One that is not the next due chunk changes nothing."""
-        fields, version, params = message.fields, message.fields["version"], None
-        if version <= self.tried or fields["offset"] != self.filled(version):
+        if version <= self.tried or offset != self.filled(version):
             return None
         if version != self._coming:
             self._coming, self._data = version, bytearray()
-        self._data += message.body
+        self._data += body
         try:
-            if not message.body or not len(self._data) <= fields["nbytes"] <= MAX_WEIGHTS:
-                raise WireError(f"{len(self._data)} of {fields['nbytes']} bytes")
-            if self._layout not in ("", fields["layout"]):
+            if not body or not len(self._data) <= nbytes <= MAX_WEIGHTS:
+                raise WireError(f"{len(self._data)} of {nbytes} bytes")
+            if self._layout not in ("", layout):
                 raise WireError("the layout changed within a run")
-            if len(self._data) < fields["nbytes"]:
+            if len(self._data) < nbytes:
                 return None
-            params = _parse(bytes(self._data), fields["layout"], fields["sha256"])
-            self.version, self._layout = version, fields["layout"]
+            params = _parse(bytes(self._data), layout, sha256)
+            self.version, self._layout = version, layout
         except WireError as error:
-            self.refused = clip(f"weights {version}: {error}")
+            self.refused, params = clip(f"weights {version}: {error}"), None
         self.tried, self._data = version, bytearray()
         return params
 
 
-def _parse(data: bytes, layout: str, digest: str) -> dict[str, np.ndarray]:
-    if hashlib.sha256(data).hexdigest() != digest or _layout(data) != layout:
+def _parse(data: bytes, layout: str, sha256: str) -> dict[str, np.ndarray]:
+    if (_sha256(data), _layout(data)) != (sha256, layout):
         raise WireError("the data or their layout do not match the checksum")
     try:
         params = safetensors.load(data)
@@ -227,5 +229,9 @@ def _parse(data: bytes, layout: str, digest: str) -> dict[str, np.ndarray]:
 
 
 def _layout(data: bytes) -> str:
-    """sha256 of a safetensors header: names, shapes and types."""
-    return hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
+    """Of the header of a safetensors file: names, shapes and types."""
+    return _sha256(data[: 8 + int.from_bytes(data[:8], "little")])
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -47,7 +47,7 @@ _HEAD = struct.Struct("<4sB8sQII")
 _CRC_AT = _HEAD.size - 4
 _META, _RECORD = 0, 1
 _ENDED = ((False, False), (True, False), (False, True), (True, True))  # terminated, truncated of the flags
-_LIMITS: dict[str, Any] = {
+LIMITS: dict[str, Any] = {
     "max_str_len": MAX_TEXT, "max_bin_len": MAX_PAYLOAD, "max_array_len": MAX_ITEMS,
     "max_map_len": MAX_ITEMS, "max_ext_len": 0, "strict_map_key": True, "raw": False,
 }
@@ -171,7 +171,7 @@ def decode(payload: bytes) -> Record:
     try:
         if len(payload) > MAX_PAYLOAD:
             raise ValueError(f"{len(payload)} bytes, at most {MAX_PAYLOAD} fit")
-        row = msgpack.unpackb(payload, **_LIMITS)
+        row = msgpack.unpackb(payload, **LIMITS)
         seq, time, reward, flags, source, version, action, channels, events = row
         plain = (seq, version, flags, source, time, reward, events)
         if not _fit("count count count count number number numbers", plain) or seq < 1:
