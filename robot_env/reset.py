@@ -9,10 +9,10 @@ import numpy as np
 from ..drivers.base import Command, Reading
 from .track import Line
 
-PAUSE_S = 0.3  # let the car and its sensors settle (RACER: 0.5 s)
-BACK_MPS = -1.0  # FastRLAP: 1 s of raw speed -1 m/s; here until the way ahead is free
-FORWARD_MPS = 0.8
-BACK_S, FORWARD_S = 1.6, 2.5  # then try the other way
+PAUSE_S = 0.2  # let the car and its sensors settle (RACER: 0.5 s)
+BACK_MPS = -1.3  # FastRLAP: 1 s of raw speed -1 m/s; here until the way ahead is free
+FORWARD_MPS = 1.0
+BACK_S, FORWARD_S = 1.6, 1.8  # then try the other way
 BLOCKED_S, BLOCKED_MPS = 0.6, 0.15  # slower than this after that time: something is in the way
 LOOKAHEAD_M = 0.8
 ALIGNED_RAD = 0.5
