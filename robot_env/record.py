@@ -240,7 +240,7 @@ class SegmentWriter:
         try:
             written = self._file.write(frame)
         except OSError as error:
-            cause = error.strerror
+            cause = error.strerror or str(error)
         if written != len(frame):
             os.ftruncate(self._file.fileno(), self._size)  # leave whole frames only
             self._file.seek(self._size)

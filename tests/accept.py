@@ -53,7 +53,6 @@ def last(run: Path, key: str) -> float:
 def stuck_report(run: Path) -> dict[str, Any]:
     """From the run's own records: how long each reset took, and the share of steps spent standing still."""
     import numpy as np
-
     from tether.robot_env.record import read_streams
 
     resets, ticks, still, total, spots = [], 0, 0, 0, []
