@@ -43,7 +43,8 @@ class Limits:
 
         Raises SafetyError for an unknown key (naming the valid ones) or a value beyond the robot's own.
         """
-        keys = {f"max_{n}_{u.replace('/', 'p')}": i for i, (n, u) in enumerate(zip(command.names, command.units, strict=True))}
+        named = zip(command.names, command.units, strict=True)
+        keys = {f"max_{name}_{unit.replace('/', 'p')}": i for i, (name, unit) in enumerate(named)}
         low, high = self.low.copy(), self.high.copy()
         for key, value in wanted.items():
             if key not in keys:
