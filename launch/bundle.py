@@ -23,8 +23,8 @@ from ..robot_env.safety import Limits
 from . import onboard
 from .onboard import Bundle, BundleError, Policy
 
-MAX_CHECKED = 1000  # recorded observations the two runtimes are compared on
-MIN_TIMED = 500  # forward passes the latency comes from
+MAX_CHECKED = 1000  # recorded observations to compare the two runtimes on
+TIMED = 1000  # forward passes the latency comes from
 MAX_ERROR = 1e-5  # relative, float32
 PERIOD_SHARE = 0.5  # of the control period that the policy may take, p99
 FILES = {"policy.json", "weights.safetensors", "run.py", "__pycache__"}
@@ -129,30 +129,28 @@ def _flat(value: Any, where: str = "") -> dict[str, Any]:
 def _check(name: str, trained: Trained, hz: float) -> dict[str, Any]:
     """Compare and time one policy."""
     policy = Policy(trained.spec, trained.weights)
-    n = len(trained.observations)
-    if not n:
-        raise BundleError(f"policy {name}: nothing recorded to check it on; let the run drive first")
-    chosen = np.linspace(0, n - 1, min(n, MAX_CHECKED)).astype(int)
     observations, previous, expected = (
-        np.asarray(rows, np.float32)[chosen]
+        np.asarray(rows, np.float32)
         for rows in (trained.observations, trained.prev_actions, trained.expected)
     )
+    if not len(observations):
+        raise BundleError(f"policy {name}: nothing recorded to check it on; let the run drive first")
     actions = np.stack([policy.act(o, p) for o, p in zip(observations, previous, strict=True)])
     error = float(np.abs(actions - expected).max() / max(np.abs(expected).max(), 1e-3))
     if not error <= MAX_ERROR:  # also when it is not a number
         raise BundleError(
-            f"policy {name}: NumPy and the training runtime differ by {error:.1e} relative on {len(chosen)} "
+            f"policy {name}: NumPy and the training runtime differ by {error:.1e} relative on {len(actions)} "
             f"observations, at most {MAX_ERROR:.0e} is allowed; nothing was written"
         )
-    repeats = math.ceil(MIN_TIMED / len(chosen))
-    took = onboard.latency_ms(policy, np.tile(observations, (repeats, 1)), np.tile(previous, (repeats, 1)))
+    timed = [np.resize(rows, (TIMED, rows.shape[1])) for rows in (observations, previous)]
+    took = onboard.latency_ms(policy, *timed)
     allowed = PERIOD_SHARE * 1000 / hz
     if took["p99"] >= allowed:
         raise BundleError(
             f"policy {name}: p99 latency {took['p99']:.3g} ms, at {hz:g} Hz it must stay below "
             f"{allowed:.3g} ms; use smaller layers or a lower rate; nothing was written"
         )
-    return {"observations": len(chosen), "max_error": error, "latency_ms": took}
+    return {"observations": len(actions), "max_error": error, "latency_ms": took}
 
 
 def _free(folder: Path) -> None:

@@ -135,8 +135,7 @@ class Log:
         return "" if not self._tty else (f"\x1b[{above}F" if above else "\r") + "\x1b[J"
 
     def _say(self, text: str) -> None:
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self._try("progress", self._stream.write, text.encode(encoding, "replace").decode(encoding))
+        self._try("progress", self._stream.write, text)
         self._try("progress", self._stream.flush)
 
     def _try(self, output: str, call: Callable[..., Any], *arguments: Any) -> None:

@@ -210,21 +210,18 @@ def latency_ms(policy: Policy, observations: np.ndarray, prev_actions: np.ndarra
     return {name: float(np.percentile(times, q)) for name, q in (("p50", 50), ("p99", 99), ("max", 100))}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     """Check the bundle in the given folder, or the one this file lies in."""
     try:
         bundle = load_bundle(arguments[0] if arguments else Path(__file__).parent)
     except BundleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise SystemExit(f"error: {error}") from None
     print(f"{bundle.folder}: {bundle.spec['hz']:g} Hz, from {json.dumps(bundle.spec['from'])}")
     for name, policy in bundle.policies.items():
-        obs, rest = np.zeros((1000, policy.observation_size)), np.zeros((1000, policy.action_size))
-        took = latency_ms(policy, obs.astype(np.float32), rest.astype(np.float32))
-        sizes = f"{policy.observation_size} -> {policy.action_size}"
-        print(f"policy {name}: {sizes}, {took['p50']:.3f} ms (p99 {took['p99']:.3f}, max {took['max']:.3f})")
-    return 0
+        sizes = policy.observation_size, policy.action_size
+        took = latency_ms(policy, *(np.zeros((1000, size), np.float32) for size in sizes))
+        print(f"policy {name}: {sizes[0]} -> {sizes[1]}, ms a forward pass: {json.dumps(took)}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -78,21 +78,6 @@ def test_too_slow_is_refused_with_the_figures(tmp_path, trained, monkeypatch):
     export(tmp_path / "b", trained, hz=99)
 
 
-def test_at_most_a_thousand_observations_are_checked_and_few_are_timed_often(tmp_path, trained, monkeypatch):
-    timed = []
-    take = lambda policy, o, p: timed.append(len(o)) or {"p50": 1.0, "p99": 1.0, "max": 1.0}  # noqa: E731
-    monkeypatch.setattr(onboard, "latency_ms", take)
-    many = dataclasses.replace(
-        trained,
-        observations=np.tile(trained.observations, (30, 1)),
-        prev_actions=np.tile(trained.prev_actions, (30, 1)),
-        expected=np.tile(trained.expected, (30, 1)),
-    )
-    assert export(tmp_path / "b", many)["task"]["observations"] == 1000
-    export(tmp_path / "b", trained)
-    assert timed[0] == 1000 and timed[1] >= 500
-
-
 def test_nothing_recorded_is_refused(tmp_path, trained):
     empty = dataclasses.replace(
         trained, observations=np.zeros((0, 18)), prev_actions=np.zeros((0, 2)), expected=np.zeros((0, 2))

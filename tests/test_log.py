@@ -152,14 +152,6 @@ def test_progress_is_drawn_over_on_a_terminal_and_notes_stay(monkeypatch):
     assert all(len(line) < 40 for line in lines) and lines[-1] == ""
 
 
-def test_a_narrow_encoding_is_no_error():
-    raw = io.BytesIO()
-    out = Log(None, stream=io.TextIOWrapper(raw, encoding="ascii"))
-    out.note("größer")
-    out.close()
-    assert raw.getvalue() == b"gr??er\n"
-
-
 def test_tensorboard_gets_the_same_numbers_or_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(log.LogError, match=r"pip install 'tether\[tensorboard\]'"):

@@ -271,16 +271,18 @@ def test_members_share_nothing_and_start_apart():
     cfg, _ = CASES["window"]
     critic = rlpd.init(cfg, jax.random.key(0), OBS, ACT).critic
     obs, action = np.ones((4, OBS), np.float32), np.zeros((4, ACT), np.float32)
-    before = np.asarray(rlpd._q(cfg, critic, obs, action))
+    value = jax.jit(lambda params: rlpd._q(cfg, params, obs, action))
+    before = np.asarray(value(critic))
     assert len(np.unique(before[:, 0])) == cfg.ensemble
     for name in critic:
         if name.endswith("kernel"):
-            changed = critic | {name: critic[name].at[1].add(0.5)}
-            after = np.asarray(rlpd._q(cfg, changed, obs, action))
+            changed = np.array(critic[name])
+            changed[1] += 0.5
+            after = np.asarray(value(critic | {name: changed}))
             np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
             assert (after[1] != before[1]).all(), name
     limit = math.sqrt(6 / (OBS + ACT + 16))  # Glorot uniform, of each member's own fan
-    assert limit * 0.95 < float(abs(critic["dense0_kernel"]).max()) <= limit
+    assert limit * 0.95 < np.abs(critic["dense0_kernel"]).max() <= limit
 
 
 def test_subsets_are_drawn_without_replacement_and_all_alike():
@@ -321,7 +323,9 @@ def test_the_entropy_goal_is_within_reach_of_the_window():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"subset": 11}, "subset = 11: must lie between 1 and ensemble = 10"),
+        ({"subset": 11}, "subset = 11: must lie in 1 ... ensemble = 10"),
+        ({"gamma": 1.5}, "gamma = 1.5: must lie between 0 and 1"),
+        ({"hidden": (64, 0)}, "hidden = .* must be the widths"),
         ({"batch": 15}, "batch = 15: must be even"),
         ({"max_delta": 0.0}, r"max_delta = 0.0: must lie in \(0, 2\]"),
     ],
