@@ -16,7 +16,7 @@ from .track import Line, resample, walls
 
 GOAL_SCALE_M = 5.0  # divides the distance to the checkpoint in the observation
 # Places on the course's line this far ahead, in the body frame: what FastRLAP's camera sees of the way, from
-# the map alone. Without it the policy must learn the map by heart (README has the ablation).
+# the map alone. Without it the policy must learn the map by heart.
 PREVIEW_M = (0.5, 1.0, 2.0, 3.0, 4.0)
 PREVIEW_SCALE_M = 2.0
 LINE_STEP_M = 0.25
