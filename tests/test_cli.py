@@ -156,7 +156,7 @@ TYPED = {
     "an address off this machine": (
         ["learner", "fake.toml", "--bind", "tcp://0.0.0.0:5555", *TINY], "no keys yet.*ssh -L",
     ),
-    "a learner elsewhere": (["actor", "--learner", "tcp://10.0.0.1:5555"], "not on this machine"),
+    "a learner elsewhere": (["actor", "--learner", "tcp://10.0.0.1:5555"], "10.0.0.1.*no keys yet"),
     "hardware without a driver": (["record", "car-loop", "--real"], "car has no hardware driver yet; .*--real"),
     "a gym without hardware": (["record", "gym:Pendulum-v1"], "only courses can be recorded"),
     "too fast": (["record", "fake.toml", "--speed", "9"], "--speed 9: between 0 and 4.5"),
@@ -354,7 +354,7 @@ def test_a_bundle_drives_and_is_refused_on_another_robot(run, capsys):
     weights.write_bytes(weights.read_bytes()[:-1])
     assert "bundle" in refused(capsys, "drive", "bundle")
     Path("bundle/policy.json").write_text("{")
-    assert "policy.json" in refused(capsys, "drive", "bundle")
+    assert "bundle" in refused(capsys, "drive", "bundle")
 
 
 def test_no_robot_is_named_where_tensorboard_is_missing(capsys):
