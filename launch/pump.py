@@ -22,26 +22,21 @@ OPTIONS = {
 }
 
 
-def checked(address: str) -> str:
-    """`address` as ZeroMQ wants it. Until there are keys, raises WireError for one off loopback."""
-    match = re.fullmatch(r"tcp://(?:localhost|127(?:\.\d{1,3}){3}):(?:\*|(\d{1,5}))", address)
-    if match is None or int(match[1] or 0) > 65535:
-        raise WireError(
-            f"{address!r}: the link has no keys yet, so it works on this machine only, at an address like "
-            "tcp://127.0.0.1:5555; between machines use a tunnel: `ssh -L 5555:127.0.0.1:5555 WORKSTATION`"
-        )
-    return address.replace("localhost", "127.0.0.1")
-
-
 class Pump:
     """A socket and the one thread that touches it.
 
     The thread calls `turn(messages that came)`, at least every TICK_MS; it returns True to be called again at
-    once, None to end. An error of the thread is kept for whoever calls next.
+    once, None to end. An error of the thread is kept for whoever calls next. Until there are keys, raises
+    WireError for an address off loopback.
     """
 
     def __init__(self, kind: int, address: str) -> None:
-        where = checked(address)
+        match = re.fullmatch(r"tcp://(?:localhost|127(?:\.\d{1,3}){3}):(?:\*|(\d{1,5}))", address)
+        if match is None or int(match[1] or 0) > 65535:
+            raise WireError(
+                f"{address!r}: the link has no keys yet, so it works on this machine only, at an address like "
+                "tcp://127.0.0.1:5555; between machines use a tunnel: `ssh -L 5555:127.0.0.1:5555 WORKSTATION`"
+            )
         self._changed = threading.Condition()
         self.error: BaseException | None = None  # ends the thread, whoever sets it
         self._context = zmq.Context()
@@ -50,7 +45,8 @@ class Pump:
         for option, value in (OPTIONS | {must: 1}).items():  # keys belong here
             self._socket.setsockopt(option, value)
         try:
-            self._socket.bind(where) if kind == zmq.ROUTER else self._socket.connect(where)
+            reach = self._socket.bind if kind == zmq.ROUTER else self._socket.connect
+            reach(address.replace("localhost", "127.0.0.1"))
         except zmq.ZMQError as error:
             self._context.destroy(0)
             raise WireError(

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import msgpack
@@ -24,7 +25,6 @@ import zmq
 from ..robot_env.record import Meta, Record, RecordError, decode
 from . import wire
 from .pump import Pump
-from .spool import Spool
 from .wire import Message, VersionError, WireError
 
 WINDOW = 256  # records sent and not acknowledged
@@ -33,6 +33,7 @@ STATUS_S = 0.5
 HELLO_S = 1.0  # between two attempts
 GONE_S = 5.0  # an actor silent for so long does not count as connected
 MAX_STREAMS = 1024  # in a learner's life
+MAX_SPOOL = 200_000  # records an actor keeps while the learner is away
 MAX_QUEUED = 8192  # records the learner's main thread may lag behind
 NOBODY = "0" * 16  # stands in for the stream of an actor that asks what there is to do
 
@@ -211,6 +212,44 @@ class LearnerLink:
         stream.expected += len(new)
         stream.received += len(new)
         self._queue.extend((meta.stream, record) for record in records)
+
+
+class Spool:
+    """The records of an actor that are not acknowledged, in memory."""
+
+    def __init__(self) -> None:
+        self.first = 1  # sequence number of the oldest record kept
+        self._payloads: deque[bytes] = deque()
+
+    def __len__(self) -> int:
+        return len(self._payloads)
+
+    @property
+    def next_seq(self) -> int:
+        """The number of the next record."""
+        return self.first + len(self._payloads)
+
+    def append(self, seq: int, payload: bytes) -> None:
+        """Keep a record. Raises WireError when it is out of order or one too many."""
+        if seq != self.next_seq or len(self) >= MAX_SPOOL:
+            raise WireError(f"record {seq} came where {self.next_seq} was due, or more than {MAX_SPOOL} wait")
+        self._payloads.append(payload)
+
+    def ack(self, seq: int) -> None:
+        """Forget the records up to `seq`."""
+        while self._payloads and self.first <= seq:
+            self._payloads.popleft()
+            self.first += 1
+
+    def batch(self, seq: int) -> list[bytes]:
+        """The records from `seq` on that fit one message."""
+        found, room, at = [], wire.MAX_BODY, seq - self.first
+        for payload in islice(self._payloads, at, at + wire.MAX_BATCH):
+            room -= len(payload) + 8  # as msgpack frames it
+            if room < 0:
+                break
+            found.append(payload)
+        return found
 
 
 class ActorLink:

@@ -14,6 +14,7 @@ where arrays are raw little-endian float32 and `flags` is 1 for terminated plus 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import secrets
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -227,7 +228,7 @@ class SegmentWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             last = max((int(path.stem) for path in _segments(self.folder)), default=0)
-            self._file = open(self.folder / f"{last + 1:08d}{SUFFIX}", "xb", buffering=0)
+            self._file = open(self.folder / f"{last + 1:08d}{SUFFIX}", "ab", buffering=0)
         except OSError as error:
             raise RecordError(f"{self.folder} cannot be written: {error.strerror}; choose another") from None
         self._write(_META, 0, self.meta.to_json())
@@ -236,16 +237,14 @@ class SegmentWriter:
         head = _HEAD.pack(_MAGIC, kind, bytes.fromhex(self.meta.stream), seq, len(payload), 0)
         crc = zlib.crc32(payload, zlib.crc32(head[4:_CRC_AT]))
         frame = head[:_CRC_AT] + crc.to_bytes(4, "little") + payload
-        written, cause = 0, "the disk is full"
         try:
-            written = self._file.write(frame)
+            if self._file.write(frame) != len(frame):
+                raise OSError(errno.ENOSPC, "the disk is full")
         except OSError as error:
-            cause = error.strerror or str(error)
-        if written != len(frame):
             os.ftruncate(self._file.fileno(), self._size)  # leave whole frames only
-            self._file.seek(self._size)
-            raise RecordError(f"{self.folder}: record {seq} was not written: {cause}; make room and try again")
-        self._size += written
+            cause = f"was not written: {error.strerror}"
+            raise RecordError(f"{self.folder}: record {seq} {cause}; make room and try again") from None
+        self._size += len(frame)
 
 
 def _complain(line: str) -> None:
@@ -261,35 +260,10 @@ def read_recording(
     told which. Raises RecordError for what is not a recording.
     """
     path = Path(path)
-    meta, records = _read(_segments(path) if path.is_dir() else [path], on_damage)
-    if meta is None:
-        raise RecordError(f"{path} is not a recording, or its beginning is lost; make one with `tether record`")
-    return meta, records
-
-
-def read_streams(
-    folder: str | Path, on_damage: Callable[[str], None] = _complain
-) -> list[tuple[Meta, list[Record]]]:
-    """The streams of a run's `steps/`, one sub-folder each, in the order they began. Raises RecordError."""
-    found = []
-    for sub in sorted(path for path in Path(folder).glob("*") if path.is_dir()):
-        meta, records = _read(_segments(sub), on_damage)
-        if meta is not None:
-            found.append((meta, records))
-        else:
-            on_damage(f"{sub}: no whole record, left out")
-    return sorted(found, key=lambda stream: stream[0].created)
-
-
-def _segments(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob(f"*{SUFFIX}") if path.stem.isdigit())
-
-
-def _read(files: Iterable[Path], on_damage: Callable[[str], None]) -> tuple[Meta | None, list[Record]]:
     meta: Meta | None = None
     records: list[Record] = []
     damage: list[str] = []
-    for file in files:
+    for file in _segments(path) if path.is_dir() else [path]:
         try:
             data = file.read_bytes()
         except OSError as error:
@@ -310,9 +284,26 @@ def _read(files: Iterable[Path], on_damage: Callable[[str], None]) -> tuple[Meta
                 if kind == _META:
                     raise RecordError(f"{file}: {error}") from None
                 damage.append(f"{file}: record {seq} left out: {error}")
-    for line in damage if meta is not None else ():
+    if meta is None:
+        raise RecordError(f"{path} is not a recording, or its beginning is lost; make one with `tether record`")
+    for line in damage:
         on_damage(line)
     return meta, records
+
+
+def read_streams(
+    folder: str | Path, on_damage: Callable[[str], None] = _complain
+) -> list[tuple[Meta, list[Record]]]:
+    """The streams of a run's `steps/`, one sub-folder each, in the order they began. Raises RecordError.
+
+    One that was never written to is left out.
+    """
+    begun = sorted({path.parent for path in Path(folder).glob(f"*/*{SUFFIX}") if path.stat().st_size})
+    return sorted((read_recording(sub, on_damage) for sub in begun), key=lambda stream: stream[0].created)
+
+
+def _segments(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if path.stem.isdigit())
 
 
 def _frames(data: bytes, name: str, damage: list[str]) -> Iterator[tuple[int, str, int, bytes]]:

@@ -287,10 +287,8 @@ def test_streams_of_a_run_come_in_order_and_empty_ones_are_skipped(tmp_path):
         writer.append(make(1))
         writer.close()
     (tmp_path / "dead").mkdir()
-    (tmp_path / "dead" / "00000001.seg").write_bytes(b"TTHR\0\0")
-    damage = []
-    assert [m.stream for m, _ in read_streams(tmp_path, damage.append)] == ["f" * 16, "0" * 16]
-    assert len(damage) == 1 and "dead" in damage[0]
+    (tmp_path / "dead" / "00000001.seg").write_bytes(b"")
+    assert [m.stream for m, _ in read_streams(tmp_path, pytest.fail)] == ["f" * 16, "0" * 16]
     assert read_streams(tmp_path / "none") == []
 
 
@@ -303,7 +301,7 @@ def test_a_full_disk_is_said_and_leaves_whole_frames(tmp_path):
         def write(self, frame):
             return real.write(frame[:50])
 
-        fileno, seek, close = real.fileno, real.seek, real.close
+        fileno, close = real.fileno, real.close
 
     writer._file = Full()
     with pytest.raises(RecordError, match="record 2 was not written: the disk is full"):
