@@ -34,8 +34,8 @@ class Pump:
         match = re.fullmatch(r"tcp://(?:localhost|127(?:\.\d{1,3}){3}):(?:\*|(\d{1,5}))", address)
         if match is None or int(match[1] or 0) > 65535:
             raise WireError(
-                f"{address!r}: the link has no keys yet, so it works on this machine only, at an address like "
-                "tcp://127.0.0.1:5555; between machines use a tunnel: `ssh -L 5555:127.0.0.1:5555 WORKSTATION`"
+                f"{address!r}: the link has no keys yet, so it works on this machine only, as "
+                "tcp://127.0.0.1:5555; elsewhere use a tunnel: `ssh -L 5555:127.0.0.1:5555 WORKSTATION`"
             )
         self._changed = threading.Condition()
         self.error: BaseException | None = None  # ends the thread, whoever sets it

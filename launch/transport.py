@@ -29,8 +29,7 @@ from .wire import Message, VersionError, WireError
 
 WINDOW = 256  # records sent and not acknowledged
 GO_BACK_S = 1.0
-STATUS_S = 0.5
-HELLO_S = 1.0  # between two attempts
+BEAT_S = 0.5  # between two STATUS, or two HELLO
 GONE_S = 5.0  # an actor silent for so long does not count as connected
 MAX_STREAMS = 1024  # in a learner's life
 MAX_SPOOL = 200_000  # records an actor keeps while the learner is away
@@ -49,7 +48,6 @@ class Stream:
     told: tuple[int, int, int, str] | None = None  # what the last ACK said; None: one is due
     want: int | None = None  # offset of the chunk of weights that was asked for
     received: int = 0
-    missing: int = 0  # records that the actor said will never come
     weights_at: float = math.inf  # when the actor's weights were published
     seen: float = -math.inf
     report: dict[str, Any] = field(default_factory=lambda: {"state": "run", "stats": {}})  # its last STATUS
@@ -152,13 +150,13 @@ class LearnerLink:
             if message.kind == "HELLO":
                 self._on_hello(route, message)
             elif stream is None or stream.meta is None or stream.route != route:
-                self._send(route, "REFUSE", reason="say HELLO first", again=True)
+                self._send(route, "REFUSE", again=True)
             else:
                 stream.seen, stream.told = time.monotonic(), None
                 self._on_message(stream, stream.meta, message)
         except VersionError as error:
             self.malformed += 1
-            self._send(route, "REFUSE", reason=wire.clip(str(error)), again=False)
+            self._send(route, "REFUSE", str(error).encode(), again=False)
         except (WireError, RecordError):
             self.malformed += 1  # dropped; whoever sent it is served on
 
@@ -167,15 +165,14 @@ class LearnerLink:
         if not message.body:  # asks what there is to do
             self._send(route, "WELCOME", self._welcome, stream=name)
             return
-        meta, reason = Meta.from_json(message.body), ""
+        meta = Meta.from_json(message.body)
         stream = self._streams.get(name) or Stream(first)
         lines = self._spec.differences(meta) if self._spec is not None else []
-        if lines:
-            reason = "the actor's robot is not the one this learner trains (here: the learner)"
-        elif meta.stream != name or not 1 <= first <= after >= stream.expected or len(self._streams) > MAX_STREAMS:
-            reason = "this stream cannot go on here: start the actor again"
-        if reason:
-            self._send(route, "REFUSE", "\n".join(lines).encode(), reason=reason, again=False)
+        possible = meta.stream == name and 1 <= first <= after >= stream.expected
+        if not possible or len(self._streams) > MAX_STREAMS:
+            lines.append("this stream cannot go on here: start the actor again")
+        if lines:  # here: the learner
+            self._send(route, "REFUSE", "; ".join(lines).encode(), again=False)
             return
         stream.meta, stream.route, stream.want, stream.told = meta, route, None, None
         stream.seen, stream.report = time.monotonic(), stream.report | {"state": "run"}
@@ -187,7 +184,6 @@ class LearnerLink:
         if message.kind == "DATA":
             self._on_data(stream, meta, fields["seq"], wire.unpack_records(message.body))
         elif message.kind == "GAP" and fields["first"] <= stream.expected <= fields["last"]:
-            stream.missing += fields["last"] + 1 - stream.expected
             stream.expected = fields["last"] + 1
         elif message.kind == "STATUS":
             stream.report = fields
@@ -263,7 +259,7 @@ class ActorLink:
         self.malformed = 0  # messages dropped
         self._hello = NOBODY, b""  # stream and Meta
         self._answer = "", b""  # the WELCOME to it, on this connection
-        self._hello_at, self._status_at = 0.0, 0.0  # when they are due
+        self._beat_at = 0.0  # when HELLO or, once it was taken, STATUS is due
         self._stats: dict[str, float] = {}
         self._new: deque[tuple[int, bytes]] = deque()  # records on their way to the thread
         self._spool = Spool()
@@ -292,7 +288,7 @@ class ActorLink:
 
     def begin(self, meta: Meta, timeout: float = 10.0) -> None:
         """Open the stream `meta`. WireError with the differences when the learner refuses it."""
-        self._hello, self._hello_at = (meta.stream, meta.to_json()), 0.0
+        self._hello, self._beat_at = (meta.stream, meta.to_json()), 0.0
         self._pump.wake()
         self.start(timeout)
 
@@ -336,23 +332,27 @@ class ActorLink:
             self._take(frames)
         while self._new:
             self._spool.append(*self._new.popleft())
-        now, more, (stream, meta), spool = time.monotonic(), False, self._hello, self._spool
-        if self._open and meta:
-            more = self._stream_on(now)
-        elif not self._open and now >= self._hello_at:
-            if self._pump.send(wire.encode("HELLO", meta, stream=stream, first=spool.first, next=spool.next_seq)):
-                self._hello_at = now + HELLO_S
-        if now < flush_until and (flush_until == math.inf or len(spool)):
-            return more
-        if self._open and meta:
-            self._send_status("closed")
-        return None
+        now = time.monotonic()
+        if now >= flush_until or (flush_until < math.inf and not len(self._spool)):
+            self._beat("closed")
+            return None
+        if self._open and not self._hello[1]:
+            return False  # it knows what there is to do, and has not begun
+        if now >= self._beat_at and self._beat("run"):
+            self._beat_at = now + BEAT_S
+        return self._open and self._send_records(now)
 
-    def _stream_on(self, now: float) -> bool:
-        """Send the status when it is due, and a batch of records; whether there is more to send at once."""
+    def _beat(self, state: str) -> bool:
+        """Say that we are there, and how we do."""
+        spool, inbox = self._spool, self._inbox
+        if not self._open:
+            return self._send("HELLO", self._hello[1], first=spool.first, next=spool.next_seq)
+        return self._send("STATUS", state=state, spool=len(spool), weights=inbox.version,
+                          refused=inbox.refused, stats=self._stats)
+
+    def _send_records(self, now: float) -> bool:
+        """Send the next batch; whether there may be more to send at once."""
         spool = self._spool
-        if now >= self._status_at and self._send_status("run"):
-            self._status_at = now + STATUS_S
         if self._sent < spool.first or now - self._progress_at > GO_BACK_S:
             self._sent, self._progress_at = spool.first - 1, now
         batch = spool.batch(self._sent + 1) if self._sent + 1 - spool.first < WINDOW else []
@@ -364,11 +364,6 @@ class ActorLink:
     def _send(self, kind: str, body: bytes = b"", **fields: Any) -> bool:
         return self._pump.send(wire.encode(kind, body, stream=self._hello[0], **fields))
 
-    def _send_status(self, state: str) -> bool:
-        inbox = self._inbox
-        return self._send("STATUS", state=state, spool=len(self._spool), weights=inbox.version,
-                          refused=inbox.refused, stats=self._stats)
-
     def _take(self, frames: list[bytes]) -> None:
         try:
             message = wire.decode(frames, "learner")
@@ -379,15 +374,15 @@ class ActorLink:
             self.malformed += 1
 
     def _on_welcome(self, body: bytes, stream: str) -> None:
-        self._answer, self._sent, self._status_at = (stream, body), 0, 0.0
+        self._answer, self._sent, self._beat_at = (stream, body), 0, 0.0
         self._inbox, self._wanting = wire.Inbox(), False  # another learner may count from 1 again
 
-    def _on_refuse(self, body: bytes, reason: str, again: bool) -> None:
+    def _on_refuse(self, body: bytes, again: bool) -> None:
         if not again:
-            lines = body.decode(errors="replace").splitlines()
-            self._pump.error = WireError("; ".join([f"the learner at {self.address} refuses: {reason}", *lines]))
+            why = body.decode(errors="replace")
+            self._pump.error = WireError(f"the learner at {self.address} refuses: {why}")
         elif self._open:
-            self._answer, self._hello_at = ("", b""), 0.0
+            self._answer, self._beat_at = ("", b""), 0.0
 
     def _on_ack(self, body: bytes, seq: int, run_until: int, weights: int) -> None:
         spool = self._spool
@@ -411,7 +406,7 @@ class ActorLink:
         if self._inbox.tried < version:
             self._want(version)
         else:
-            self._status_at = 0.0  # tells what became of them
+            self._beat_at = 0.0  # tells what became of them
 
     def _want(self, version: int) -> None:
         self._wanting = self._send("WANT", version=version, offset=self._inbox.filled(version))

@@ -42,8 +42,8 @@ MESSAGES = {
     "HELLO": ("actor", "stream:stream first:count next:count"),
     # body: for the actor that asked, what it is to do (task, policy) as a msgpack map; else empty
     "WELCOME": ("learner", "stream:stream"),
-    # body: UTF-8, the differences; again: the learner does not know this actor, say HELLO
-    "REFUSE": ("learner", "reason:text again:flag"),
+    # body: UTF-8, why; again: only because the learner does not know this actor, say HELLO
+    "REFUSE": ("learner", "again:flag"),
     # body: 1 to 32 records, the first of them number seq
     "DATA": ("actor", "stream:stream seq:count"),
     # all up to seq is stored; the actor may reach step run_until; the newest weights (0: none).
@@ -112,7 +112,7 @@ def decode(frames: Sequence[bytes], sender: str) -> Message:
 def _check(kind: str, fields: dict[str, Any]) -> None:
     due = FIELDS.get(kind)
     if due is None or fields.keys() != due.keys():
-        raise WireError(f"{clip(kind)!r} with the fields {clip(', '.join(map(str, fields)))}: no such message")
+        raise WireError(f"no message {kind!r} has the fields {', '.join(map(str, fields))}")
     for name, what in due.items():
         if not KINDS[what](fields[name]):
             raise WireError(f"{kind}: {name} is of the wrong type or out of bounds")

@@ -147,7 +147,7 @@ class Meta:
 
 def _fit(kinds: str, values: Sequence[Any]) -> bool:
     due = kinds.split()
-    return len(due) == len(values) and all(KINDS[kind](value) for kind, value in zip(due, values, strict=True))
+    return len(due) == len(values) and all(KINDS[k](v) for k, v in zip(due, values, strict=True))
 
 
 def encode(record: Record) -> bytes:
@@ -285,7 +285,7 @@ def read_recording(
                     raise RecordError(f"{file}: {error}") from None
                 damage.append(f"{file}: record {seq} left out: {error}")
     if meta is None:
-        raise RecordError(f"{path} is not a recording, or its beginning is lost; make one with `tether record`")
+        raise RecordError(f"{path} is not a recording or lost its beginning; make one with `tether record`")
     for line in damage:
         on_damage(line)
     return meta, records
