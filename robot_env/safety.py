@@ -43,8 +43,8 @@ class Limits:
 
         Raises SafetyError for an unknown key (naming the valid ones) or a value beyond the robot's own.
         """
-        named = zip(command.names, command.units, strict=True)
-        keys = {f"max_{name}_{unit.replace('/', 'p')}": i for i, (name, unit) in enumerate(named)}
+        units = [unit.replace("/", "p") for unit in command.units]
+        keys = {f"max_{name}_{units[i]}": i for i, name in enumerate(command.names)}
         low, high = self.low.copy(), self.high.copy()
         for key, value in wanted.items():
             if key not in keys:

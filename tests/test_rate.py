@@ -44,7 +44,8 @@ def test_a_stall_is_counted_and_its_ticks_are_skipped():
     assert rate.lateness_ms()["p50"] == pytest.approx(0.0, abs=1e-6)
 
 
-@given(st.lists(st.floats(0, 0.5), min_size=1, max_size=60))
+# no sum of these is a whole number of periods, where rounding alone says whether a tick was late
+@given(st.lists(st.integers(0, 50).map(lambda n: n / 100 + 0.00313), min_size=1, max_size=60))
 def test_the_phase_is_kept_and_no_two_late_ticks_follow_each_other_faster_than_the_work(works):
     at, rate = ticks(works)
     first, in_time = works[0] + PERIOD, 0
@@ -53,7 +54,7 @@ def test_the_phase_is_kept_and_no_two_late_ticks_follow_each_other_faster_than_t
         on_phase = math.isclose(phase, round(phase), abs_tol=1e-6)
         assert on_phase or now == pytest.approx(before + work)  # late: at once, never earlier than the work
         assert now >= before + work - 1e-9
-        in_time += now > before + work + 1e-9 or work == 0.0
+        in_time += now > before + work + 1e-9
     passed = math.floor((at[-1] - first) / PERIOD + 1e-6) + 1
     assert abs(in_time + rate.late - passed) <= 1  # every period had its tick in time or is counted
     # no burst: in any stretch of time there are at most as many ticks as it has periods, and one
