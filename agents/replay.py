@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,25 +14,6 @@ _TRIES = 32  # at a later step of the same segment; then the next one is taken
 
 class ReplayError(ValueError):
     """Experience that cannot be stored, or a batch that cannot be made. Says which and why."""
-
-
-class Step(Protocol):
-    """What `Replay.add` reads of a step of a stream."""
-
-    @property
-    def obs(self) -> np.ndarray: ...  # (o,)
-    @property
-    def prev_action(self) -> np.ndarray: ...  # (a,) executed the step before
-    @property
-    def action(self) -> np.ndarray | None: ...  # (a,) executed; None: the observation that ends a segment
-    @property
-    def reward(self) -> float: ...
-    @property
-    def terminated(self) -> bool: ...
-    @property
-    def truncated(self) -> bool: ...
-    @property
-    def train(self) -> bool: ...
 
 
 class Replay:
@@ -65,8 +46,9 @@ class Replay:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, stream: Hashable, step: Step) -> None:
-        """Append the next step of `stream`.
+    def add(self, stream: Hashable, step: Any) -> None:
+        """Append the next step of `stream`: something with obs (o,), prev_action (a,) executed before it,
+        action (a,) executed (None: the observation that ends a segment), reward, terminated, truncated, train.
 
         A step becomes drawable when its successor arrives. After one that terminated or was truncated only
         a step without an action counts as its successor: the next episode's first observation is not.

@@ -21,11 +21,10 @@ import numpy as np
 from safetensors.numpy import load as parse_arrays
 from safetensors.numpy import save as pack_arrays
 
-FORMAT = "tether-snapshot"
-VERSION = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _TEMPORARY = ".writing-"
+_DAMAGED = (OSError, AttributeError, LookupError, TypeError, ValueError)  # as files that are not ours make them
 
 
 class SnapshotError(RuntimeError):
@@ -66,8 +65,6 @@ def save(
         temporary.mkdir()
         files = {f"{policy}.safetensors": pack_arrays(_flatten(state)) for policy, state in states.items()}
         manifest = {
-            "format": FORMAT,
-            "version": VERSION,
             "counters": dict(counters),
             "generators": {name: generator.bit_generator.state for name, generator in generators.items()},
             "files": {file: hashlib.sha256(payload).hexdigest() for file, payload in files.items()},
@@ -75,12 +72,10 @@ def save(
         files[MANIFEST] = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode()
         for file, payload in files.items():
             _write(temporary / file, payload)
-        _sync(temporary)
         _read(temporary)  # what is on the disk, not what should be
         path = temporary.rename(folder / name)
         _write(folder / f"{LATEST}.new", name.encode())
         os.replace(folder / f"{LATEST}.new", folder / LATEST)
-        _sync(folder)
         for old in _all(folder)[keep:]:
             shutil.rmtree(old)
     except (OSError, TypeError, ValueError) as error:
@@ -92,15 +87,15 @@ def load(folder: str | os.PathLike[str], templates: Mapping[str, Any]) -> Snapsh
     """The newest snapshot that is intact, or None where none was ever written.
 
     `templates`: for each policy name a state of the same structure, shapes and types (a fresh one).
-    Raises SnapshotError when all are damaged, when the format is another one's, or when an intact snapshot
-    does not fit the templates: a part of an agent is never restored.
+    Raises SnapshotError when all are damaged, or when an intact snapshot does not fit the templates: a part
+    of an agent is never restored.
     """
     folder = Path(folder)
     damaged: list[str] = []
     for path in _all(folder):
         try:
             manifest, payloads = _read(path)
-        except (OSError, ValueError) as error:
+        except _DAMAGED as error:
             damaged.append(f"{path.name} ({error})")
             continue
         files = {name: f"{name}.safetensors" for name in templates}
@@ -123,18 +118,9 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Manifest and payloads, all checked. ValueError or OSError: damaged; SnapshotError: another format."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        found, claimed = (manifest["format"], manifest["version"]), manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise ValueError(f"{MANIFEST} is unreadable") from None
-    if found != (FORMAT, VERSION):  # first: another version may count its checksums otherwise
-        raise SnapshotError(
-            f"{path}: format {found[0]!r} version {found[1]!r}; this tether reads {FORMAT!r} "
-            f"version {VERSION}: resume with the version that wrote it, or start a new run"
-        )
-    if _digest(manifest) != claimed:
+    """Manifest and payloads, all checked. Raises one of _DAMAGED."""
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    if manifest.pop("sha256") != _digest(manifest):
         raise ValueError(f"{MANIFEST} has another checksum")
     payloads = {file: (path / file).read_bytes() for file in manifest["files"]}
     for file, payload in payloads.items():
@@ -184,13 +170,3 @@ def _write(path: Path, payload: bytes) -> None:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the folder's entries durable (POSIX; elsewhere a folder cannot be opened)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

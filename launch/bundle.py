@@ -78,8 +78,7 @@ def export(
     }
     checksums = {name: hashlib.sha256(payload).hexdigest() for name, payload in files.items()}
     spec["checksums"] = checksums | {"policy.json": onboard.digest(spec)}
-    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in spec.items()]
-    files["policy.json"] = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    files["policy.json"] = json.dumps(spec, indent=1, allow_nan=False).encode()
     _write(folder, files)
     return checked
 

@@ -56,7 +56,7 @@ class Log:
         self._board = _board(Path(folder)) if tensorboard and folder else None
         if folder is not None:
             self._start -= max((float(row.get("time_s") or 0.0) for row in read_metrics(folder)), default=0.0)
-            self._file = _lines(Path(folder) / "metrics.jsonl")
+            self._file = open(Path(folder) / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
         self._shown = -math.inf
         self._block = ""  # what of the terminal is drawn over next time
         self._failed: set[str] = set()
@@ -159,15 +159,6 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
-
-
-def _lines(path: Path) -> TextIO:
-    """The file, to be appended to; every line is handed to the system when it is whole."""
-    torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")  # a process died within a line
-    file = path.open("a", buffering=1, encoding="utf-8")
-    if torn:
-        file.write("\n")
-    return file
 
 
 def _board(folder: Path) -> Any:

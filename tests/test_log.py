@@ -63,9 +63,9 @@ def test_metrics_are_one_object_a_line_and_not_finite_is_null(tmp_path):
     assert read_metrics(tmp_path) == [json.loads(line) for line in lines]
 
 
-def test_a_resumed_run_goes_on_after_a_torn_line(tmp_path):
+def test_a_resumed_run_goes_on_after_damaged_lines(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"step": 5, "time_s": 60.0}\n\xff\n[]\n{"step": "x"}\n{"step": 6, "time_s": 61')
+    file.write_bytes(b'{"step": 5, "time_s": 60.0}\n\xff\n[]\n{"step": "x"}\n{"step": 6, "time_s": 61\n')
     assert read_metrics(tmp_path) == [{"step": 5, "time_s": 60.0}]
     clock = Clock()
     with Log(tmp_path, stream=io.StringIO(), clock=clock) as out:
