@@ -59,7 +59,7 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
                 _save_config(job)
                 point_latest(job.folder)
             log.note(f"run {job.folder}, learner at {learner.link.address}")
-            if actor is not None:
+            if actor is not None and learner.trainer.steps < job.config.learner.steps:
                 child = _spawn_actor(learner.link.address, actor)
                 if cores is not None:
                     os.sched_setaffinity(child.pid, cores)
