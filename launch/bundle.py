@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from safetensors.numpy import save
 
 from ..drivers.base import Channel, Command
 from ..robot_env.safety import Limits
-from . import onboard
+from ..robot_env.task import TaskSpec
+from . import catalog, onboard
 from .onboard import Bundle, BundleError, Policy
 
 MAX_CHECKED = 1000  # recorded observations to compare the two runtimes on
@@ -42,24 +43,17 @@ class Trained:
 
 
 def export(
-    out: str | os.PathLike[str],
-    policies: Mapping[str, Trained],
-    channels: Sequence[Channel],
-    command: Command,
-    hz: float,
-    limits: Limits,
-    task: str,
-    origin: Mapping[str, str | int],
+    out: str | os.PathLike[str], policies: Mapping[str, Trained], task: TaskSpec, origin: Mapping[str, str | int]
 ) -> dict[str, Any]:
     """Check the policies (by name; `task` is the one that drives), then write the bundle.
 
-    `task` is the task file's text, `origin` says where it comes from (run, steps, git). Returns what was
-    checked. Raises BundleError, with the figures, for a policy unequal to its training runtime or too slow
-    for its rate, and for an `out` that is there and no bundle; then nothing is written.
+    `origin` says where it comes from (run, task, git, preset). Returns what was checked. Raises BundleError,
+    with the figures, for a policy unequal to its training runtime or too slow for its rate, and for an `out`
+    that is there and no bundle; then nothing is written.
     """
     folder = Path(out).resolve()
     _free(folder)
-    checked = {name: _check(name, trained, hz) for name, trained in policies.items()}
+    checked = {name: _check(name, trained, task.hz) for name, trained in policies.items()}
     weights = {
         f"{name}/{key}": np.ascontiguousarray(value, np.float32)
         for name, trained in policies.items()
@@ -69,9 +63,9 @@ def export(
     spec = {
         "format": onboard.FORMAT,
         "version": onboard.VERSION,
-        **_declared(channels, command, hz),
-        "gate": _fields(limits),
-        "task": task,
+        **_declared(task),
+        "gate": _fields(catalog.limits(task)),
+        "task": task.text or task.name,
         "from": dict(origin),
         "policies": {name: dict(trained.spec) for name, trained in policies.items()},
         "checked": checked,
@@ -83,9 +77,9 @@ def export(
     return checked
 
 
-def check_robot(bundle: Bundle, channels: Sequence[Channel], command: Command, hz: float) -> None:
-    """Raise BundleError with the difference unless the bundle was made for this robot and rate."""
-    wanted = _declared(channels, command, hz)
+def check_robot(bundle: Bundle, task: TaskSpec) -> None:
+    """Raise BundleError with the difference unless the bundle was made for this task's robot and rate."""
+    wanted = _declared(task)
     robot, made = _flat(wanted), _flat({key: bundle.spec[key] for key in wanted})
     found = [
         f"{key} is {json.dumps(made.get(key))} in the bundle, {json.dumps(robot.get(key))} on the robot"
@@ -100,12 +94,13 @@ def check_robot(bundle: Bundle, channels: Sequence[Channel], command: Command, h
         )
 
 
-def _declared(channels: Sequence[Channel], command: Command, hz: float) -> dict[str, Any]:
+def _declared(task: TaskSpec) -> dict[str, Any]:
     """What an observation is made of and an action means. Latencies differ from rig to rig."""
+    channels, command = catalog.declaration(task)
     observation = [_fields(channel) for channel in channels]
     for row in observation:
         del row["latency_s"]
-    return {"observation": observation, "action": _fields(command), "hz": float(hz)}
+    return {"observation": observation, "action": _fields(command), "hz": float(task.hz)}
 
 
 def _fields(source: Channel | Command | Limits) -> dict[str, Any]:
@@ -128,12 +123,7 @@ def _flat(value: Any, where: str = "") -> dict[str, Any]:
 def _check(name: str, trained: Trained, hz: float) -> dict[str, Any]:
     """Compare and time one policy."""
     policy = Policy(trained.spec, trained.weights)
-    observations, previous, expected = (
-        np.asarray(rows, np.float32)
-        for rows in (trained.observations, trained.prev_actions, trained.expected)
-    )
-    if not len(observations):
-        raise BundleError(f"policy {name}: nothing recorded to check it on; let the run drive first")
+    observations, previous, expected = trained.observations, trained.prev_actions, trained.expected
     actions = np.stack([policy.act(o, p) for o, p in zip(observations, previous, strict=True)])
     error = float(np.abs(actions - expected).max() / max(np.abs(expected).max(), 1e-3))
     if not error <= MAX_ERROR:  # also when it is not a number

@@ -121,9 +121,6 @@ def make_env(
     where = entry.driver if real else entry.twin
     if where is None:
         raise DriverError(f"robot {spec.robot} has no hardware driver yet; leave out --real to use its twin")
-    try:
-        make = resolve_name(where)
-    except ModuleNotFoundError as error:
-        raise DriverError(f"the robot needs {error.name}: pip install 'tether[sim]' for its twin") from None
+    make = resolve_name(where)
     robot = make() if real else make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime)
     return RobotEnv(robot, task, Gate(robot.command, limits(spec)), Rate(spec.hz, robot.now, robot.sleep))

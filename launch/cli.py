@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+EXTRAS = {"jax": "learner", "flax": "learner", "optax": "learner", "mujoco": "sim", "tensorboardX": "tensorboard"}
 TASK_HELP = "a shipped task (see `tether list`), the path of a .toml file, or gym:<id>"
 
 
@@ -19,42 +20,30 @@ def main(arguments: list[str] | None = None) -> int:
     options = build().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        return int(options.command(options) or 0)
+        from . import commands
+
+        return int(getattr(commands, options.command)(options) or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except expected() as error:
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(f"tether: error: this needs {error.name}: pip install 'tether[{EXTRAS[error.name]}]'", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # Of our own errors the message is all a person needs; anything else is a defect and keeps its traceback.
+        ours = any(base.__module__.startswith("tether.") for base in type(error).__mro__)
+        if not ours and not isinstance(error, OSError):
+            raise
         print(f"tether: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
 def _terminated(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)  # so that robots are stopped and files closed on the way out
-
-
-def expected() -> tuple[type[Exception], ...]:
-    """Errors whose message is all a person needs. Anything else is a defect and keeps its traceback."""
-    from ..drivers.base import DriverError
-    from ..robot_env.record import RecordError
-    from ..robot_env.safety import SafetyError
-    from ..robot_env.task import TaskError
-    from ..robot_env.track import TrackError
-    from .catalog import CatalogError
-    from .config import ConfigError
-    from .folder import RunError
-    from .log import LogError
-    from .onboard import BundleError
-    from .wire import WireError
-
-    learning: tuple[type[Exception], ...] = ()
-    if "tether.agents.snapshot" in sys.modules:  # JAX is not imported for an error's name
-        learning = (sys.modules["tether.agents.snapshot"].SnapshotError,)
-    return (
-        BundleError, CatalogError, ConfigError, DriverError, LogError, RecordError, RunError, SafetyError,
-        TaskError, TrackError, WireError, OSError, *learning,
-    )  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,15 +59,15 @@ def build() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: str, about: str) -> argparse.ArgumentParser:
+    def command(name: str, function: str, about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-        sub.set_defaults(command=_command(run))
+        sub.set_defaults(command=function)
         return sub
 
     demo = command("demo", "demo", "no hardware, no arguments: record, course, train in the twin, freeze, drive")
     demo.add_argument("robot", nargs="?", default="car", choices=["car"], help="which robot (default: car)")
-    demo.add_argument("--seed", type=_seed, default=0, help="(default: 0)")
     demo.add_argument("--out", help="folder for the run and the bundle (default: runs/demo-N)")
+    _seeded(demo, "of everything")
     _json(demo)
 
     run = command("run", "run", "learner and actor on this machine, two processes")
@@ -93,19 +82,18 @@ def build() -> argparse.ArgumentParser:
     actor = command("actor", "actor", "the actor alone: the twin, or with --real the hardware")
     actor.add_argument("task", nargs="?", help="refuse a learner of another task (default: the learner says)")
     actor.add_argument("--learner", default="tcp://127.0.0.1:5555", help="the learner's address (default: %(default)s)")
-    actor.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
     actor.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end with this process
-    actor.add_argument("--seed", type=_seed, help="of exploration and the twin (default: the learner's)")
+    actor.add_argument("--seed", type=_from(0), help="of exploration and the twin (default: the learner's)")
+    _real(actor)
     _driving(actor)
 
-    record = command("record", "record", "drive, and keep what was driven")
-    _recording(record)
+    _recording(command("record", "record", "drive, and keep what was driven"))
 
     course = command("course", "course", "a task file from a centre-line CSV or from a recording")
     course.add_argument("file", help="a .csv (x_m, y_m, w_tr_right_m, w_tr_left_m) or a recording")
     course.add_argument("--length", type=float, help="scale the closed line to this length, m (CSV)")
     course.add_argument("--width", type=float, help="free width, m (default: the CSV's, or the recording's task)")
-    course.add_argument("--checkpoints", type=_count, help="how many (default: as many of 4 to 8 as say something)")
+    course.add_argument("--checkpoints", type=_from(1), help="how many (default: as many of 4 to 8 as say something)")
     course.add_argument("--out", help="the task file (default: FILE's name with .toml)")
     _json(course)
 
@@ -122,7 +110,7 @@ def build() -> argparse.ArgumentParser:
 
     drive = command("drive", "drive", "the frozen policy, on NumPy alone")
     drive.add_argument("bundle", help="a bundle's folder")
-    drive.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
+    _real(drive)
     _counting(drive)
 
     report = command("report", "report", "curves, lap times, the map and a replay in one HTML file")
@@ -135,8 +123,7 @@ def build() -> argparse.ArgumentParser:
 
 def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("task", help=TASK_HELP)
-    sub.add_argument("--seed", type=_seed, default=0, help="(default: 0)")
-    sub.add_argument("--steps", type=_count, help="stop after this many (default: the preset's)")
+    sub.add_argument("--steps", type=_from(1), help="stop after this many (default: the preset's)")
     sub.add_argument("--out", help="the run folder (default: runs/TASK-N)")
     sub.add_argument("--preset", default="cpu", help="name or .toml path, several with commas (default: cpu)")
     sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
@@ -144,17 +131,28 @@ def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prior", nargs="+", action="extend", default=[], metavar="FILE|RUN", help="prior data")
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out (default: runs/latest)")
     sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+    _seeded(sub, "of everything")
 
 
 def _recording(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("task", help=TASK_HELP)
     sub.add_argument("--teleop", default="script", choices=["script", "keyboard", "gamepad"], help="who drives")
     sub.add_argument("--speed", type=float, default=1.0, help="of the scripted driver, m/s (default: 1.0)")
-    sub.add_argument("--laps", type=_count, default=1, help="stop after this many (default: 1)")
+    sub.add_argument("--laps", type=_from(1), default=1, help="stop after this many (default: 1)")
     sub.add_argument("--quality", type=float, default=1.0, help="0 (wandering) to 1 (clean) of the script")
     sub.add_argument("--out", help="the recording's folder (default: recordings/TASK-N)")
-    sub.add_argument("--seed", type=_seed, default=0, help="of the twin's noise (default: 0)")
-    sub.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
+    _seeded(sub, "of the twin's noise")
+    _real(sub)
+    _driving(sub)
+    _json(sub)
+
+
+def _counting(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--task", help="drive this task instead of the one it was trained on")
+    sub.add_argument("--episodes", type=_from(1), help="stop after this many")
+    sub.add_argument("--laps", type=_from(1), help="stop after this many (default on a course: 5)")
+    sub.add_argument("--steps", type=_from(1), help="stop after this many")
+    _seeded(sub, "of the twin's noise")
     _driving(sub)
     _json(sub)
 
@@ -164,41 +162,27 @@ def _driving(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
 
 
-def _counting(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--task", help="drive this task instead of the one it was trained on")
-    sub.add_argument("--episodes", type=_count, help="stop after this many")
-    sub.add_argument("--laps", type=_count, help="stop after this many (default on a course: 5)")
-    sub.add_argument("--steps", type=_count, help="stop after this many")
-    sub.add_argument("--seed", type=_seed, default=0, help="of the twin's noise (default: 0)")
-    sub.add_argument("--realtime", action="store_true", help="the twin keeps real time")
-    sub.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
-    _json(sub)
+def _real(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 to {(1 << 31) - 1}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1")
-    return int(text)
+def _seeded(sub: argparse.ArgumentParser, what: str) -> None:
+    sub.add_argument("--seed", type=_from(0), default=0, help=f"{what} (default: 0)")
 
 
 def _json(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
 
 
-def _command(name: str) -> Callable[[argparse.Namespace], int | None]:
-    def run(options: argparse.Namespace) -> int | None:
-        from . import commands
+def _from(lowest: int) -> Callable[[str], int]:
+    """A whole number of at least this, as argparse's `type`."""
 
-        found: Callable[[argparse.Namespace], int | None] = getattr(commands, name)
-        return found(options)
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not lowest <= int(text) < 1 << 31:
+            raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {lowest} to {(1 << 31) - 1}")
+        return int(text)
 
-    return run
+    return parse
 
 
 if __name__ == "__main__":

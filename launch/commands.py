@@ -97,7 +97,7 @@ def drive(options: Namespace) -> int:
     bundle = onboard.load_bundle(options.bundle)
     name = str(bundle.spec["from"].get("task", "bundle"))
     spec = catalog.load_spec(options.task) if options.task else catalog.spec_of(bundle.spec["task"], name)
-    check_robot(bundle, *catalog.declaration(spec), spec.hz)
+    check_robot(bundle, spec)
     env = _env(options, catalog.make_task(spec), options.real)
     return _drive(options, env, bundle.policies["task"].act)
 

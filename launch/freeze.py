@@ -39,8 +39,6 @@ def freeze(run: Path, out: Path) -> dict[str, Any]:
     observations, previous = np.stack([s.obs for s in kept]), np.stack([s.prev_action for s in kept])
     expected = trainer.expected(observations, previous)
     policy = bundle.Trained(trainer.policy_spec(), trainer.policy(), observations, previous, expected)
-    channels, command = catalog.declaration(spec)
     settings, facts = config.read(run.resolve())
     origin = {"run": run.resolve().name, "task": spec.name, "git": str(facts["git"]), "preset": settings.preset}
-    limits = catalog.limits(spec)
-    return bundle.export(out, {"task": policy}, channels, command, spec.hz, limits, spec.text or spec.name, origin)
+    return bundle.export(out, {"task": policy}, spec, origin)

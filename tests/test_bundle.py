@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tether.drivers.car import CHANNELS, COMMAND
-from tether.launch import bundle, onboard
+from tether.launch import bundle, catalog, onboard
 from tether.launch.onboard import BundleError, Policy, load_bundle
-from tether.robot_env.safety import Limits
 
-LIMITS = Limits.of(CHANNELS, COMMAND)
 SPEC = {"observation_size": 18, "action_size": 2, "hidden": [32, 32], "max_delta": 0.2, "layer_norm": False}
-TASK = '[task]\nrobot = "car"\nkind = "course"\nhz = 10\n'
+TASK = catalog.load_spec("car-loop")
+ORIGIN = {"run": "first", "steps": 1200, "git": "abc"}
 
 
 @pytest.fixture
@@ -31,12 +30,12 @@ def trained():
     return bundle.Trained(SPEC, weights, observations, previous, expected)
 
 
-def export(out, trained, hz=10.0, **changes):
-    arguments = {
-        "channels": CHANNELS, "command": COMMAND, "hz": hz, "limits": LIMITS, "task": TASK,
-        "origin": {"run": "first", "steps": 1200, "git": "abc"},
-    }  # fmt: skip
-    return bundle.export(out, {"task": trained}, **(arguments | changes))
+def export(out, trained, hz=10.0):
+    return bundle.export(out, {"task": trained}, at(hz), ORIGIN)
+
+
+def at(hz):
+    return dataclasses.replace(TASK, hz=hz)
 
 
 def test_a_bundle_acts_as_what_was_frozen(tmp_path, trained):
@@ -47,8 +46,8 @@ def test_a_bundle_acts_as_what_was_frozen(tmp_path, trained):
     pairs = zip(trained.observations, trained.prev_actions, strict=True)
     actions = [found.policies["task"].act(o, p) for o, p in pairs]
     np.testing.assert_array_equal(actions, trained.expected)
-    assert found.spec["hz"] == 10 and found.spec["task"] == TASK
-    assert found.spec["from"] == {"run": "first", "steps": 1200, "git": "abc"}
+    assert found.spec["hz"] == 10 and found.spec["task"] == TASK.text
+    assert found.spec["from"] == ORIGIN
     assert {c["name"]: c["size"] for c in found.spec["observation"]}["pose"] == 4
     assert found.spec["action"]["names"] == ["speed", "steering"]
     assert found.spec["gate"]["high"] == [4.5, 0.38]
@@ -76,14 +75,6 @@ def test_too_slow_is_refused_with_the_figures(tmp_path, trained, monkeypatch):
         export(tmp_path / "b", trained, hz=100)
     assert not (tmp_path / "b").exists()
     export(tmp_path / "b", trained, hz=99)
-
-
-def test_nothing_recorded_is_refused(tmp_path, trained):
-    empty = dataclasses.replace(
-        trained, observations=np.zeros((0, 18)), prev_actions=np.zeros((0, 2)), expected=np.zeros((0, 2))
-    )
-    with pytest.raises(BundleError, match="nothing recorded"):
-        export(tmp_path / "b", empty)
 
 
 def test_only_a_bundle_is_overwritten(tmp_path, trained):
@@ -147,35 +138,36 @@ def test_a_damaged_bundle_is_refused_in_one_line(tmp_path, trained):
         load_bundle(out)
 
 
-def test_a_bundle_for_another_robot_is_refused_with_the_difference(tmp_path, trained):
+def test_a_bundle_for_another_robot_is_refused_with_the_difference(tmp_path, trained, monkeypatch):
     export(tmp_path / "b", trained)
     found = load_bundle(tmp_path / "b")
-    bundle.check_robot(found, CHANNELS, COMMAND, 10)
+    bundle.check_robot(found, at(10))
     gyro = dataclasses.replace(CHANNELS[1], scale=(3.0, 3.0, 4.0))
     other = dataclasses.replace(COMMAND, names=("speed", "yaw"))
-    for says, arguments in (
+    for says, channels, command, hz in (
         (r"observation.1.scale.2 is 3.0 in the bundle, 4.0 on the robot",
-         ((CHANNELS[0], gyro, *CHANNELS[2:]), COMMAND, 10)),
-        (r'observation.0.name is "accel" in the bundle, "gyro" on', (CHANNELS[1::-1] + CHANNELS[2:], COMMAND, 10)),
-        (r'observation.1.name is "gyro" in the bundle, null on .* more', (CHANNELS[:1], COMMAND, 10)),
-        (r'action.names.1 is "steering" in the bundle, "yaw" on the robot', (CHANNELS, other, 10)),
-        (r"hz is 10.0 in the bundle, 50.0 on the robot", (CHANNELS, COMMAND, 50)),
+         (CHANNELS[0], gyro, *CHANNELS[2:]), COMMAND, 10),
+        (r'observation.0.name is "accel" in the bundle, "gyro" on', CHANNELS[1::-1] + CHANNELS[2:], COMMAND, 10),
+        (r'observation.1.name is "gyro" in the bundle, null on .* more', CHANNELS[:1], COMMAND, 10),
+        (r'action.names.1 is "steering" in the bundle, "yaw" on the robot', CHANNELS, other, 10),
+        (r"hz is 10.0 in the bundle, 50.0 on the robot", CHANNELS, COMMAND, 50),
     ):  # fmt: skip
+        monkeypatch.setattr(catalog, "declaration", lambda task, here=(channels, command): here)
         with pytest.raises(BundleError, match=says) as caught:
-            bundle.check_robot(found, *arguments)
+            bundle.check_robot(found, at(hz))
         assert "\n" not in str(caught.value)
     found.spec["observation"] = {"channels": "nonsense"}
     with pytest.raises(BundleError, match="made for another robot"):
-        bundle.check_robot(found, CHANNELS, COMMAND, 10)
+        bundle.check_robot(found, at(10))
 
 
-def test_limits_without_bound_survive_json(tmp_path, trained):
+def test_limits_without_bound_survive_json(tmp_path, trained, monkeypatch):
     free = dataclasses.replace(COMMAND, rate=(np.inf, 4.0))
-    limits = Limits.of(CHANNELS, free)
-    export(tmp_path / "b", trained, command=free, limits=limits)
+    monkeypatch.setattr(catalog, "declaration", lambda task: (CHANNELS, free))
+    export(tmp_path / "b", trained)
     found = load_bundle(tmp_path / "b")
-    assert found.spec["action"]["rate"] == [None, 4.0]
-    bundle.check_robot(found, CHANNELS, free, 10)
+    assert found.spec["action"]["rate"] == [None, 4.0] and found.spec["gate"]["rate"] == [None, 4.0]
+    bundle.check_robot(found, at(10))
 
 
 def test_the_copy_in_the_bundle_runs_alone(tmp_path, trained):

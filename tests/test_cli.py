@@ -140,7 +140,7 @@ TYPED = {
     "nothing": ([], "required: COMMAND"),
     "no task": (["run"], "required: task"),
     "a negative seed": (["run", "fake.toml", "--seed", "-1"], "whole number from 0"),
-    "no steps": (["run", "fake.toml", "--steps", "0"], "whole number of at least 1"),
+    "no steps": (["run", "fake.toml", "--steps", "0"], "whole number from 1"),
     "no such task": (["run", "nope"], "no task 'nope': .*car-loop"),
     "no such preset": (["run", "fake.toml", "--preset", "gpu"], "no preset 'gpu'; give cpu, full"),
     "no such setting": (["run", "fake.toml", "--set", "agent.gama=0.9"], "agent.gama is no setting; .*gamma"),
