@@ -129,7 +129,7 @@ def load_bundle(folder: str | os.PathLike[str]) -> Bundle:
         if arrays or not policies:
             raise BundleError(f"weights {sorted(arrays)[:3]} belong to no policy")
     except DAMAGED as error:
-        what = error if isinstance(error, (BundleError, OSError)) else f"no valid bundle ({error!r})"
+        what = error if isinstance(error, (BundleError, OSError)) else f"policy.json is damaged ({error!r})"
         raise BundleError(f"{folder}: {what}; export it again") from None
     return Bundle(folder, policies, spec)
 

@@ -21,19 +21,20 @@ from .config import Config
 
 
 @dataclass
-class Episodes:
-    """What the metrics say of one stream: returns, laps, resets, interventions."""
+class Stream:
+    """One actor's records so far: what they mean, and what the metrics say of them."""
 
+    fold: Fold
+    seq: int = 0  # of the newest record
+    steps: int = 0
+    takeovers: int = 0
     resets: int = 0
     interventions: int = 0
-    takeovers: int = 0
-    steps: int = 0
-    _return: float = 0.0
-    _length: int = 0
-    _failed: bool = False
+    episode: list[Record] = field(default_factory=list)  # its steps so far, those of resets left out
 
     def push(self, record: Record) -> dict[str, float]:
         """`env/...` values that this record completes."""
+        self.seq = record.seq
         out: dict[str, float] = {}
         if "lap_time_s" in record.events:
             out["env/lap_time_s"] = record.events["lap_time_s"]
@@ -42,29 +43,19 @@ class Episodes:
             self.steps += 1
             self.takeovers += record.source == "takeover"
             if record.source != "reset":
-                self._return += record.reward
-                self._length += 1
-                self._failed |= record.terminated
+                self.episode.append(record)
             return out
         self.resets += int(record.events.get("reset", 0))
         self.interventions += int(record.events.get("intervention", 0))
-        if self._length:
+        if self.episode:
             out |= {
-                "env/episode_return": self._return,
-                "env/episode_length": self._length,
-                "env/success": float(not self._failed),
+                "env/episode_return": sum(step.reward for step in self.episode),
+                "env/episode_length": len(self.episode),
+                "env/success": float(not self.episode[-1].terminated),
                 "env/takeovers": self.takeovers / max(self.steps, 1),
             }
-        out |= {"env/resets": self.resets, "env/interventions": self.interventions}
-        self._return, self._length, self._failed = 0.0, 0, False
-        return out
-
-
-@dataclass
-class _Stream:
-    fold: Fold
-    episodes: Episodes = field(default_factory=Episodes)
-    seq: int = 0
+        self.episode.clear()
+        return out | {"env/resets": self.resets, "env/interventions": self.interventions}
 
 
 class Trainer:
@@ -86,7 +77,7 @@ class Trainer:
                 self.prior.add((i, sample.part), sample)
         self.state = self._algorithm.init(self.agent, jax.random.key(seed), *sizes)
         self._rng = np.random.default_rng(seed)
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self.steps = 0
         self.updates = 0
         self.update_s = 0.0  # spent in updates, sampling included
@@ -104,15 +95,14 @@ class Trainer:
 
     def stream_steps(self, stream: str) -> int:
         """Steps of one stream."""
-        return self._streams[stream].episodes.steps if stream in self._streams else 0
+        return self._streams[stream].steps if stream in self._streams else 0
 
     def push(self, stream: str, record: Record, train: bool = True) -> dict[str, float]:
         """Insert a record and make its step's updates. Returns the `env/...` metrics it completes."""
-        entry = self._streams.setdefault(stream, _Stream(Fold(self.task)))
-        entry.seq = record.seq
+        entry = self._streams.setdefault(stream, Stream(Fold(self.task)))
         for sample in entry.fold.push(record):
             self.replay.add((stream, sample.part), sample)
-        metrics = entry.episodes.push(record)
+        metrics = entry.push(record)
         if record.action is not None:
             self.steps += 1
             if train and self.steps >= self.start_steps and len(self.replay):
@@ -127,7 +117,8 @@ class Trainer:
         batch = {name: np.zeros((rows, width), np.float32) for name, width in widths.items()}
         batch |= {name: np.zeros(rows, np.float32) for name in ("reward", "discount")}
         copy = jax.tree.map(lambda x: x.copy(), self.state)
-        jax.block_until_ready(self._algorithm.update(self.agent, copy, self._split(batch)))
+        batches = minibatches(batch, self.agent.utd, self.agent.batch)
+        jax.block_until_ready(self._algorithm.update(self.agent, copy, batches))
 
     def metrics(self) -> dict[str, float]:
         """`learn/...` values of the newest update."""
@@ -177,19 +168,16 @@ class Trainer:
         self.state = found.states["task"]
         return found.warning
 
-    def _split(self, batch: Batch) -> Batch:
-        return minibatches(batch, self.agent.utd, self.agent.batch)
-
     def _update(self) -> None:
         start = time.perf_counter()
         rows = self.agent.utd * self.agent.batch
         if len(self.prior):
-            online = self._sample(self.replay, rows // 2)
-            batch = symmetric(online, self._sample(self.prior, rows // 2))
+            batch = symmetric(self._sample(self.replay, rows // 2), self._sample(self.prior, rows // 2))
         else:
             batch = self._sample(self.replay, rows)
+        batches = minibatches(batch, self.agent.utd, self.agent.batch)
         jax.block_until_ready(self._metrics)  # one update in flight, while the next batch is drawn
-        self.state, self._metrics = self._algorithm.update(self.agent, self.state, self._split(batch))
+        self.state, self._metrics = self._algorithm.update(self.agent, self.state, batches)
         self.updates += self.agent.utd
         self.update_s += time.perf_counter() - start
 

@@ -117,10 +117,10 @@ def test_a_damaged_bundle_is_refused_in_one_line(tmp_path, trained):
     broken("weights.safetensors has another checksum", weights=bytes(flipped))
     broken("weights.safetensors has another checksum", weights=good["weights.safetensors"][:-4])
     broken("policy.json has another checksum: damaged or edited", policy=good["policy.json"].replace(b"0.38", b"0.48"))
-    broken("no valid bundle", policy=good["policy.json"][:-10])
-    broken("no valid bundle", policy=b"[" * 100_000)
+    broken("policy.json is damaged", policy=good["policy.json"][:-10])
+    broken("policy.json is damaged", policy=b"[" * 100_000)
     broken("is 'tether-bundle' 2; this reads 'tether-bundle' 1", policy=json.dumps(spec | {"version": 2}).encode())
-    broken("no valid bundle", policy=b"[]")
+    broken("policy.json is damaged", policy=b"[]")
 
     def signed(change):
         changed = spec | change
@@ -128,9 +128,9 @@ def test_a_damaged_bundle_is_refused_in_one_line(tmp_path, trained):
         return json.dumps(changed).encode()
 
     broken("no control rate", policy=signed({"hz": 0}))
-    broken("no valid bundle", policy=signed({"hz": "10"}))
+    broken("policy.json is damaged", policy=signed({"hz": "10"}))
     broken("belong to no policy", policy=signed({"policies": {}}))
-    broken("no valid bundle", policy=signed({"policies": {"task": 3}}))
+    broken("policy.json is damaged", policy=signed({"policies": {"task": 3}}))
     narrow = SPEC | {"hidden": [32, 16]}
     broken("weights dense1/kernel .* the layers need", policy=signed({"policies": {"task": narrow}}))
     (out / "weights.safetensors").unlink()

@@ -161,7 +161,7 @@ TYPED = {
     "a gym without hardware": (["record", "gym:Pendulum-v1"], "only courses can be recorded"),
     "too fast": (["record", "fake.toml", "--speed", "9"], "--speed 9: between 0 and 4.5"),
     "no quality": (["record", "fake.toml", "--quality", "3"], "--quality lies between 0 and 1"),
-    "no laps": (["record", "fake.toml", "--laps", "0"], "at least 1"),
+    "no laps": (["record", "fake.toml", "--laps", "0"], "from 1"),
     "no CSV": (["course", "none.csv"], "none.csv"),
     "no recording": (["course", "lap"], "lap cannot be read"),
     "no task's name": (["course", "fake.csv", "--out", "x"], "ends in .toml"),
