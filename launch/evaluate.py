@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,25 +23,57 @@ SLOWEST_MPS = 0.4  # a lap that takes longer than at this speed is given up
 TUNE_LAPS = 3  # clean ones that a tuned pursuit must drive
 
 
+@dataclass
+class Episodes:
+    """What the records of one stream, in order, say of its laps and episodes."""
+
+    seq: int = 0  # of the newest record
+    steps: int = 0
+    takeovers: int = 0
+    resets: int = 0
+    interventions: int = 0
+    _episode: list[Record] = field(default_factory=list)  # its steps so far, without those of resets
+
+    def push(self, record: Record) -> dict[str, float]:
+        """`env/...` metrics that this record completes."""
+        self.seq = record.seq
+        out: dict[str, float] = {}
+        if "lap_time_s" in record.events:
+            out["env/lap_time_s"] = record.events["lap_time_s"]
+            out["env/lap_clean"] = record.events.get("lap_clean", 1.0)
+        if record.action is not None:
+            self.steps += 1
+            self.takeovers += record.source == "takeover"
+            if record.source != "reset":
+                self._episode.append(record)
+            return out
+        self.resets += int(record.events.get("reset", 0))
+        self.interventions += int(record.events.get("intervention", 0))
+        if self._episode:
+            out |= {
+                "env/episode_return": sum(step.reward for step in self._episode),
+                "env/episode_length": len(self._episode),
+                "env/success": float(not self._episode[-1].terminated),
+                "env/takeovers": self.takeovers / max(self.steps, 1),
+            }
+        self._episode.clear()
+        return out | {"env/resets": self.resets, "env/interventions": self.interventions}
+
+
 class Tally:
     """What a drive was like, from the records of its environment."""
 
     def __init__(self, env: RobotEnv | GymEnv) -> None:
         self.env = env
-        self.steps = 0
-        self.failed = 0
+        self.episodes = Episodes()
         self.returns: list[float] = []
+        self.successes: list[float] = []
         self.policy_ms: list[float] = []
         self.laps: list[float] = []
+        self.contacts: int | None = None  # with walls, as the twin knows them (law 13); on hardware nobody does
         self._clean: list[bool] = []
         self._contacts_before: int | None = None  # this lap
         env.on_record.append(self._see)
-
-    @property
-    def contacts(self) -> int | None:
-        """With walls, as the twin knows them (law 13); on hardware nobody does."""
-        robot = getattr(self.env, "robot", None)
-        return int(robot.truth()["contacts"]) if isinstance(robot, Twin) else None
 
     @property
     def median_s(self) -> float | None:
@@ -48,14 +81,14 @@ class Tally:
         return round(float(np.median(self.laps)), 3) if self.laps else None
 
     def report(self) -> dict[str, Any]:
-        """The keys of DESIGN's `eval` and `drive`."""
+        """The keys of DESIGN's `eval` and `drive`, once the environment is closed."""
         p50, p99, worst = np.percentile(self.policy_ms, [50, 99, 100]).round(4).tolist()
         out: dict[str, Any] = {
             "task": self.env.task.spec.name,
             "episodes": len(self.returns),
-            "steps": self.steps,
+            "steps": self.episodes.steps,
             "return_mean": float(np.mean(self.returns)),
-            "success_rate": 1.0 - self.failed / len(self.returns),
+            "success_rate": float(np.mean(self.successes)),
             "policy_ms": {"p50": p50, "p99": p99, "max": worst},
             "late": self.env.rate.late if isinstance(self.env, RobotEnv) else 0,
         }
@@ -70,12 +103,29 @@ class Tally:
         return out
 
     def _see(self, record: Record) -> None:
-        self.steps += record.action is not None
-        if "lap_time_s" in record.events:
-            self.laps.append(round(record.events["lap_time_s"], 3))
-            self._clean.append(bool(record.events["lap_clean"]) and self.contacts == self._contacts_before)
+        found = self.episodes.push(record)
+        if isinstance(self.env, RobotEnv) and isinstance(self.env.robot, Twin):
+            self.contacts = int(self.env.robot.truth()["contacts"])
+        if "env/lap_time_s" in found:
+            self.laps.append(round(found["env/lap_time_s"], 3))
+            self._clean.append(bool(found["env/lap_clean"]) and self.contacts == self._contacts_before)
         if "lap_started" in record.events:
             self._contacts_before = self.contacts
+        if "env/episode_return" in found:
+            self.returns.append(found["env/episode_return"])
+            self.successes.append(found["env/success"])
+
+
+def practise(env: RobotEnv | GymEnv, wish: Callable[..., np.ndarray | None], seed: int | None = None) -> None:
+    """Drive by `wish(observation, previous action)`, resetting in between, until it returns None; then close."""
+    try:
+        obs, _ = env.reset(seed=seed)
+        while (action := wish(obs, env.action)) is not None:
+            obs, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                obs, _ = env.reset()
+    finally:
+        env.close()
 
 
 def drive(
@@ -90,26 +140,18 @@ def drive(
     limit = steps or np.inf
     if laps is not None and isinstance(env.task, Course):
         limit = min(limit, (laps + 1) * env.task.line.length / SLOWEST_MPS * env.task.spec.hz)
-    total, over = 0.0, False
-    try:
-        obs, _ = env.reset(seed=seed)
-        while not over:
-            start = time.perf_counter()
-            action = driver(obs, env.action)
-            tally.policy_ms.append(1e3 * (time.perf_counter() - start))
-            obs, reward, terminated, truncated, _ = env.step(action)
-            total += reward
-            over = (laps is not None and len(tally.laps) >= laps) or tally.steps >= limit
-            if terminated or truncated or over:
-                tally.failed += terminated
-                tally.returns.append(total)
-                total = 0.0
-                over = over or (episodes is not None and len(tally.returns) >= episodes)
-                if not over:
-                    obs, _ = env.reset()
-        return tally.report()
-    finally:
-        env.close()
+
+    def wish(obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
+        done = len(tally.laps) >= (laps or np.inf) or len(tally.returns) >= (episodes or np.inf)
+        if done or tally.episodes.steps >= limit:
+            return None
+        start = time.perf_counter()
+        action = driver(obs, prev_action)
+        tally.policy_ms.append(1e3 * (time.perf_counter() - start))
+        return action
+
+    practise(env, wish, seed)
+    return tally.report()
 
 
 def pursuit(env: RobotEnv, speed_mps: float, lookahead_m: float) -> Driver:

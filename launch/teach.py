@@ -97,7 +97,7 @@ def record_laps(
             if terminated or truncated:
                 obs, _ = env.reset()
         return {
-            "file": str(out), "steps": tally.steps, "laps": len(tally.laps), "lap_time_s": tally.median_s,
+            "file": str(out), "steps": tally.episodes.steps, "laps": len(tally.laps), "lap_time_s": tally.median_s,
             "contacts": tally.contacts,
         }  # fmt: skip
 

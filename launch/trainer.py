@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +17,7 @@ from ..robot_env.sample import Fold, samples
 from ..robot_env.task import Task
 from . import catalog
 from .config import Config
-
-
-@dataclass
-class Stream:
-    """One actor's records so far: what they mean, and what the metrics say of them."""
-
-    fold: Fold
-    seq: int = 0  # of the newest record
-    steps: int = 0
-    takeovers: int = 0
-    resets: int = 0
-    interventions: int = 0
-    episode: list[Record] = field(default_factory=list)  # its steps so far, those of resets left out
-
-    def push(self, record: Record) -> dict[str, float]:
-        """`env/...` values that this record completes."""
-        self.seq = record.seq
-        out: dict[str, float] = {}
-        if "lap_time_s" in record.events:
-            out["env/lap_time_s"] = record.events["lap_time_s"]
-            out["env/lap_clean"] = record.events.get("lap_clean", 1.0)
-        if record.action is not None:
-            self.steps += 1
-            self.takeovers += record.source == "takeover"
-            if record.source != "reset":
-                self.episode.append(record)
-            return out
-        self.resets += int(record.events.get("reset", 0))
-        self.interventions += int(record.events.get("intervention", 0))
-        if self.episode:
-            out |= {
-                "env/episode_return": sum(step.reward for step in self.episode),
-                "env/episode_length": len(self.episode),
-                "env/success": float(not self.episode[-1].terminated),
-                "env/takeovers": self.takeovers / max(self.steps, 1),
-            }
-        self.episode.clear()
-        return out | {"env/resets": self.resets, "env/interventions": self.interventions}
+from .evaluate import Episodes
 
 
 class Trainer:
@@ -77,7 +39,7 @@ class Trainer:
                 self.prior.add((i, sample.part), sample)
         self.state = self._algorithm.init(self.agent, jax.random.key(seed), *sizes)
         self._rng = np.random.default_rng(seed)
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, tuple[Fold, Episodes]] = {}
         self.steps = 0
         self.updates = 0
         self.update_s = 0.0  # spent in updates, sampling included
@@ -91,18 +53,18 @@ class Trainer:
     @property
     def cursor(self) -> dict[str, int]:
         """The newest record of every stream."""
-        return {name: stream.seq for name, stream in self._streams.items()}
+        return {name: episodes.seq for name, (_, episodes) in self._streams.items()}
 
     def stream_steps(self, stream: str) -> int:
         """Steps of one stream."""
-        return self._streams[stream].steps if stream in self._streams else 0
+        return self._streams[stream][1].steps if stream in self._streams else 0
 
     def push(self, stream: str, record: Record, train: bool = True) -> dict[str, float]:
         """Insert a record and make its step's updates. Returns the `env/...` metrics it completes."""
-        entry = self._streams.setdefault(stream, Stream(Fold(self.task)))
-        for sample in entry.fold.push(record):
+        fold, episodes = self._streams.setdefault(stream, (Fold(self.task), Episodes()))
+        for sample in fold.push(record):
             self.replay.add((stream, sample.part), sample)
-        metrics = entry.push(record)
+        metrics = episodes.push(record)
         if record.action is not None:
             self.steps += 1
             if train and self.steps >= self.start_steps and len(self.replay):
