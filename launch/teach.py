@@ -15,7 +15,7 @@ from ..drivers.keyboard import Keyboard
 from ..robot_env import record, task, track
 from ..robot_env.env import RobotEnv
 from . import catalog
-from .evaluate import Tally, pursuit
+from .evaluate import Tally, practise, pursuit
 from .folder import stream_meta
 
 LOOKAHEAD_M = 0.8  # of the scripted driver
@@ -79,7 +79,7 @@ def record_laps(
     if out.exists():
         raise record.RecordError(f"{out} is already there; choose another --out")
     tally, overlap = Tally(env), 0.0
-    with closing(record.SegmentWriter(out, stream_meta(env.task.spec))) as writer, closing(env):
+    with closing(record.SegmentWriter(out, stream_meta(env.task.spec))) as writer:
 
         def keep(made: record.Record) -> None:
             nonlocal overlap
@@ -91,15 +91,11 @@ def record_laps(
 
         env.on_record.append(keep)
         env.source = "teacher"
-        obs, _ = env.reset(seed=seed)
-        while overlap < OVERLAP_M and (wish := driver(obs, env.action)) is not None:
-            obs, _, terminated, truncated, _ = env.step(wish)
-            if terminated or truncated:
-                obs, _ = env.reset()
-        return {
-            "file": str(out), "steps": tally.episodes.steps, "laps": len(tally.laps), "lap_time_s": tally.median_s,
-            "contacts": tally.contacts,
-        }  # fmt: skip
+        practise(env, lambda obs, before: driver(obs, before) if overlap < OVERLAP_M else None, seed)
+    return {
+        "file": str(out), "steps": tally.episodes.steps, "laps": len(tally.laps), "lap_time_s": tally.median_s,
+        "contacts": tally.contacts,
+    }  # fmt: skip
 
 
 def make_course(
