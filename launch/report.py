@@ -25,11 +25,6 @@ from .folder import RunError
 from .log import read_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")
-METRICS = (
-    "time_s", "env/episode_return", "env/lap_time_s", "env/lap_clean", "env/takeovers", "learn/updates",
-    "learn/critic_loss", "learn/actor_loss", "learn/entropy", "learn/temperature", "learn/utd", "learn/update_ms",
-    "link/weights_version",
-)  # fmt: skip
 TROUBLE = ("collision", "stuck", "flip")
 UNKNOWN = np.full(4, np.nan)
 
@@ -74,7 +69,7 @@ def describe(run: Path) -> dict[str, Any]:
         "steps": max([driven["steps"], *(row["step"] for row in rows)]),
         "total": settings.learner.steps,
         "error": error.read_text(encoding="utf-8", errors="replace") if error.is_file() else "",
-        "metrics": {name: _series(rows, name) for name in METRICS},
+        "metrics": {name: _series(rows, name) for name in {name for row in rows for name in row}},
         "map": _map(facts, notes),
         "notes": notes,
     }
