@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
@@ -21,6 +23,7 @@ from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
 from ..robot_env.record import Record, encode
 from . import catalog
+from .evaluate import practise
 from .folder import stream_meta
 from .onboard import Policy
 from .transport import ActorLink
@@ -115,37 +118,31 @@ def act(
         if _asked(stop, link) and record.source == "reset":
             raise Stopped
 
+    def wish(obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
+        newest = link.weights()
+        if newest is not None:
+            pilot.take(*newest)
+            env.version = pilot.version
+        return None if _asked(stop, link) else pilot.act(obs, prev_action, steps)
+
     env.on_record.append(send)
     env.version = pilot.version
-    try:
-        obs, _ = env.reset(seed=seed)
-        while not _asked(stop, link):
-            newest = link.weights()
-            if newest is not None:
-                pilot.take(*newest)
-                env.version = pilot.version
-            obs, _, terminated, truncated, _ = env.step(pilot.act(obs, env.action, steps))
-            if terminated or truncated:
-                obs, _ = env.reset()
-    except Stopped:
-        pass
-    finally:
-        env.close()
+    with suppress(Stopped):
+        practise(env, wish, seed)
     return steps
 
 
 def serve(
     address: str, task: str | None = None, real: bool = False, seed: int | None = None,
-    realtime: bool = False, view: bool = False, say: Callable[[str], None] = print, parent: int | None = None,
-) -> int:
-    """One actor: ask the learner what there is to do, drive until told to stop. Returns steps driven.
+    realtime: bool = False, view: bool = False, parent: int | None = None,
+) -> str:
+    """One actor: ask the learner what there is to do, drive until told to stop. Returns what to say of it.
 
     Raises WireError, DriverError or TaskError with one line when it cannot begin.
     """
     stop = Stop(parent=parent)
     stop.install()
     link = ActorLink(address)
-    left = 0
     try:
         orders = link.start(LEARNER_WAIT_S, on_wait=lambda: _give_up(stop, link))
         spec = catalog.spec_of(str(orders["task"]), str(orders["name"]))
@@ -162,12 +159,11 @@ def serve(
         pilot.wait(link, stop)
         lockstep = not (real or realtime)
         steps = act(env, link, pilot, lockstep, stop, seed, Status(env, link))
-        say(f"actor: {steps:,} steps, stopped: {stop.reason}")
     finally:
         left = link.close()
         if left:
-            say(f"actor: {left} records were not delivered")
-    return steps
+            print(f"actor: {left} records were not delivered", file=sys.stderr)
+    return f"actor: {steps:,} steps, stopped: {stop.reason}"
 
 
 def start_view(env: RobotEnv | GymEnv) -> None:

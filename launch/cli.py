@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -22,7 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from . import commands
 
-        return int(getattr(commands, options.command)(options) or 0)
+        text, result = getattr(commands, options.command)(options)
+        print(text)
+        if getattr(options, "json", False):
+            print(json.dumps(result))
+        sys.stdout.flush()  # here, where a reader that went away is no error
+        return 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away
@@ -99,6 +105,7 @@ def build() -> argparse.ArgumentParser:
 
     evaluate = command("eval", "evaluate", "drive without exploration and count")
     evaluate.add_argument("source", metavar="RUN|BUNDLE|TASK", help="a run folder, a bundle, or with --policy a task")
+    evaluate.set_defaults(real=False)
     evaluate.add_argument("--policy", choices=["pursuit"], help="a scripted policy instead of a learned one")
     evaluate.add_argument("--tune", action="store_true", help="search the scripted policy's grid for its best lap")
     _counting(evaluate)
@@ -109,7 +116,7 @@ def build() -> argparse.ArgumentParser:
     _json(export)
 
     drive = command("drive", "drive", "the frozen policy, on NumPy alone")
-    drive.add_argument("bundle", help="a bundle's folder")
+    drive.add_argument("source", metavar="BUNDLE", help="a bundle's folder")
     _real(drive)
     _counting(drive)
 

@@ -1,8 +1,7 @@
-"""What each sub-command does, from its options. `cli.py` parses them."""
+"""What each sub-command does with its options: a text to print, and the object that `--json` prints after it."""
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,11 +15,12 @@ from . import catalog, config, onboard
 from . import evaluate as evaluation
 from .folder import RunError, new_folder
 
+Said = tuple[str, dict[str, Any]]
 LAPS = 5  # driven by eval and drive unless told otherwise
 EPISODES = 10
 
 
-def run(options: Namespace) -> int:
+def run(options: Namespace) -> Said:
     """Learner here, and unless it is `tether learner` an actor beside it."""
     from .run import job_of, train
 
@@ -29,23 +29,19 @@ def run(options: Namespace) -> int:
     if options.bind is None:
         actor = [flag for flag in ("--realtime", "--view") if getattr(options, flag[2:])]
     result = train(job, actor)
-    print(f"{result['steps']:,} steps in {result['train_s']} s; the run is in {job.folder}")
-    print(f"next: tether eval {job.folder}   tether report {job.folder}   tether export {job.folder}")
-    return 0
+    text = f"{result['steps']:,} steps in {result['train_s']} s; the run is in {job.folder}\n"
+    return text + f"next: tether eval {job.folder}   tether report {job.folder}   tether export {job.folder}", result
 
 
-def actor(options: Namespace) -> int:
+def actor(options: Namespace) -> Said:
     """An actor that drives until its learner says stop."""
     from .actor import serve
 
-    serve(
-        options.learner, options.task, options.real, options.seed, options.realtime, options.view,
-        parent=options.parent,
-    )  # fmt: skip
-    return 0
+    chosen = options.learner, options.task, options.real, options.seed, options.realtime, options.view
+    return serve(*chosen, parent=options.parent), {}
 
 
-def record(options: Namespace) -> int:
+def record(options: Namespace) -> Said:
     """Drive and keep what was driven."""
     from . import teach
 
@@ -57,10 +53,10 @@ def record(options: Namespace) -> int:
     env = _env(options, task, options.real)
     with teach.teacher(options.teleop, env, options.speed, options.quality, options.seed) as driver:
         result = teach.record_laps(env, driver, options.laps, out, options.seed, _progress)
-    return _say(options, result, "{laps} laps, {steps} steps in {file}".format(**result))
+    return "{laps} laps, {steps} steps in {file}".format(**result), result
 
 
-def course(options: Namespace) -> int:
+def course(options: Namespace) -> Said:
     """A task file from a CSV or a recording."""
     from . import teach
 
@@ -69,17 +65,16 @@ def course(options: Namespace) -> int:
     if out.suffix != ".toml":
         raise TaskError(f"--out {out}: a task file's name ends in .toml")
     result = teach.make_course(file, out, options.length, options.width, options.checkpoints)
-    text = "{file}: {checkpoints} checkpoints on {length_m} m, {width_m} m wide".format(**result)
-    return _say(options, result, text)
+    return "{file}: {checkpoints} checkpoints on {length_m} m, {width_m} m wide".format(**result), result
 
 
-def evaluate(options: Namespace) -> int:
+def evaluate(options: Namespace) -> Said:
     """Drive a run's or a bundle's policy, or a scripted one, without exploration."""
     source = Path(options.source)
     if options.policy:
         return _pursue(options)
     if (source / "policy.json").is_file():
-        return drive(Namespace(**vars(options) | {"bundle": options.source, "real": False}))
+        return drive(options)
     if not (source / "config.toml").is_file():
         raise RunError(f"{source}: neither a run nor a bundle; for a task give --policy pursuit")
     from .freeze import trained
@@ -90,11 +85,11 @@ def evaluate(options: Namespace) -> int:
     return _drive(options, _env(options, task), policy.act)
 
 
-def drive(options: Namespace) -> int:
+def drive(options: Namespace) -> Said:
     """The frozen policy of a bundle."""
     from .bundle import check_robot
 
-    bundle = onboard.load_bundle(options.bundle)
+    bundle = onboard.load_bundle(options.source)
     name = str(bundle.spec["from"].get("task", "bundle"))
     spec = catalog.load_spec(options.task) if options.task else catalog.spec_of(bundle.spec["task"], name)
     check_robot(bundle, spec)
@@ -102,7 +97,7 @@ def drive(options: Namespace) -> int:
     return _drive(options, env, bundle.policies["task"].act)
 
 
-def export(options: Namespace) -> int:
+def export(options: Namespace) -> Said:
     """Freeze a run's policy."""
     from .freeze import freeze
 
@@ -110,22 +105,18 @@ def export(options: Namespace) -> int:
     out = Path(options.out) if options.out else run_folder / "bundle"
     checked = freeze(run_folder, out)
     error, p99 = checked["task"]["max_error"], checked["task"]["latency_ms"]["p99"]
-    return _say(options, {"bundle": str(out), "checked": checked},
-                f"{out}: equal to {error:.1e}, p99 {p99:.3f} ms a tick")  # fmt: skip
+    return f"{out}: equal to {error:.1e}, p99 {p99:.3f} ms a tick", {"bundle": str(out), "checked": checked}
 
 
-def report(options: Namespace) -> int:
+def report(options: Namespace) -> Said:
     """One HTML file about a run."""
     from .report import write_report
 
     out = Path(options.out) if options.out else Path(options.run) / "report.html"
-    for line in write_report(Path(options.run), out):
-        print(line)
-    print(out)
-    return 0
+    return "\n".join([*write_report(Path(options.run), out), str(out)]), {}
 
 
-def demo(options: Namespace) -> int:
+def demo(options: Namespace) -> Said:
     """Everything, without hardware and without arguments."""
     from . import demo as chain
 
@@ -135,17 +126,15 @@ def demo(options: Namespace) -> int:
         f"trained in {result['train_s']:.0f} s; lap {result['lap_time_s']} s (demonstration "
         f"{result['demo_lap_s']} s), {result['clean_laps']} clean laps in a row; bundle {result['bundle']}"
     )
-    return _say(options, result, text)
+    return text, result
 
 
-def catalog_list(options: Namespace) -> int:
+def catalog_list(options: Namespace) -> Said:
     """What there is to choose from."""
     robots = [f"{name:12} {row.about}{'' if row.driver else ' (twin only)'}" for name, row in catalog.robots().items()]
     tables = {"robots": robots, "tasks": [*shipped(), "gym:<id>"], "algorithms": catalog.algorithms(),
               "presets": config.presets()}  # fmt: skip
-    for title, names in tables.items():
-        print(title, *names, sep="\n  ")
-    return 0
+    return "\n".join("\n  ".join([title, *names]) for title, names in tables.items()), {}
 
 
 def _env(options: Namespace, task: Task, real: bool = False) -> Any:
@@ -157,7 +146,7 @@ def _env(options: Namespace, task: Task, real: bool = False) -> Any:
     return env
 
 
-def _pursue(options: Namespace) -> int:
+def _pursue(options: Namespace) -> Said:
     task = catalog.make_task(catalog.load_spec(options.task or options.source))
     if not isinstance(task, Course):
         raise TaskError(f"{task.spec.name}: pure pursuit drives courses only")
@@ -172,7 +161,7 @@ def _pursue(options: Namespace) -> int:
 
 def _drive(
     options: Namespace, env: RobotEnv | GymEnv, act: evaluation.Driver, more: dict[str, Any] | None = None
-) -> int:
+) -> Said:
     laps, episodes, course = options.laps, options.episodes, isinstance(env.task, Course)
     if laps is not None and not course:
         raise TaskError(f"--laps: {env.task.spec.name} is not a course; give --episodes")
@@ -183,14 +172,7 @@ def _drive(
     if course:
         text = "{laps} laps, {clean_laps} clean in a row, {contacts} contacts, median {lap_time_s[median]} s"
     text += "; policy p99 {policy_ms[p99]:.3f} ms"
-    return _say(options, result | (more or {}), text.format(**result))
-
-
-def _say(options: Namespace, result: dict[str, Any], text: str) -> int:
-    print(text)
-    if options.json:
-        print(json.dumps(result), flush=True)
-    return 0
+    return text.format(**result), result | (more or {})
 
 
 def _progress(line: str) -> None:
