@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pkgutil import resolve_name
 from typing import Any
 
@@ -33,103 +31,91 @@ STATUS_EVERY_S = 0.5
 LEARNER_WAIT_S = 60.0  # a learner that is being started takes a while to answer
 
 
-@dataclass
-class Stop:
-    """Set by SIGINT, SIGTERM, the learner or the end of `parent`; looked at between steps."""
+@contextmanager
+def stoppable(cause: Callable[[], str]) -> Iterator[Callable[[], str]]:
+    """Gives `stopped()`, to be looked at between steps: why to end (SIGINT, SIGTERM or what `cause()` says), or "".
 
-    reason: str = ""
-    parent: int | None = None  # process id of the `tether run` that this actor must not outlive
+    Meanwhile a first signal asks for a clean end, and a second one ends at once.
+    """
+    asked: list[str] = []
 
-    def install(self) -> Callable[[], None]:
-        """Take over SIGINT and SIGTERM: the first asks for a clean end, a second one ends at once.
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
 
-        Returns what gives them back. Does nothing outside the main thread.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-
-        def ask(number: int, frame: Any) -> None:
-            if self.reason:
-                raise KeyboardInterrupt
-            self.reason = signal.Signals(number).name
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def give_back() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        return give_back
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked[0] if asked else cause()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class Stopped(Exception):
-    """Leaves a reset in the middle when a stop was asked for; never an error."""
+class Leave(Exception):
+    """Leaves a reset, or the wait for the first weights, when a stop was asked for; never an error."""
 
 
 class Pilot:
-    """The policy that drives now: random until told otherwise, then the newest weights."""
+    """What drives an actor's environment: random for the first steps, then the newest weights, until `stopped()`.
 
-    def __init__(self, spec: dict[str, Any], seed: int, random_steps: int) -> None:
-        self._spec, self._random_steps = spec, random_steps
+    Sends every record to the learner; with `lockstep` (the twin) waits after each until it may go on.
+    """
+
+    def __init__(
+        self, env: RobotEnv | GymEnv, link: ActorLink, stopped: Callable[[], str],
+        policy: dict[str, Any], random_steps: int, seed: int, lockstep: bool,
+    ) -> None:
+        self._env, self._link, self._stopped, self._lockstep = env, link, stopped, lockstep
+        self._spec, self._random_steps = policy, random_steps
         self._rng = np.random.default_rng(seed)
         self._policy: Policy | None = None
-        self.version = 0
+        self.steps = 0
+        self._reported = 0, time.monotonic()  # steps and time at the last report
+        env.on_record.append(self._send)
 
-    def take(self, version: int, params: dict[str, np.ndarray]) -> None:
-        """Swap the weights; called between steps."""
-        self._policy, self.version = Policy(self._spec, params), version
-
-    def wait(self, link: ActorLink, stop: Stop) -> None:
-        """Wait for the first weights: nothing moves before."""
-        while not _asked(stop, link):
-            newest = link.weights(0.5)
-            if newest is not None:
-                return self.take(*newest)
-
-    def act(self, obs: np.ndarray, prev_action: np.ndarray, step: int) -> np.ndarray:
-        """(a,) action with exploration."""
-        if self._policy is None or step < self._random_steps:
-            return random_action(self._spec, prev_action, self._rng)
-        return self._policy.act(obs, prev_action, self._rng)
-
-
-def random_action(spec: dict[str, Any], prev_action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Uniform in the action box, or in the part of it the action-rate limit leaves."""
-    delta = spec.get("max_delta")
-    before = np.clip(prev_action, -1.0, 1.0)
-    low, high = (before - delta, before + delta) if delta else (-1.0, 1.0)
-    return rng.uniform(np.clip(low, -1, 1), np.clip(high, -1, 1), before.shape).astype(np.float32)
-
-
-def act(
-    env: RobotEnv | GymEnv, link: ActorLink, pilot: Pilot, lockstep: bool, stop: Stop, seed: int,
-    on_step: Callable[[], None] = lambda: None,
-) -> int:
-    """Drive until stopped. With `lockstep` (the twin) wait between steps for the learner. Returns steps."""
-    steps = 0
-
-    def send(record: Record) -> None:
-        nonlocal steps
-        link.send(record.seq, encode(record))
-        steps += record.action is not None
-        on_step()
-        while lockstep and not link.wait_run_until(steps + 1, timeout=0.5) and not _asked(stop, link):
-            pass
-        if _asked(stop, link) and record.source == "reset":
-            raise Stopped
-
-    def wish(obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
-        newest = link.weights()
+    def refresh(self, timeout: float = 0.0) -> bool:
+        """Swap in the newest weights, between steps; False while there are none yet."""
+        newest = self._link.weights(timeout)
         if newest is not None:
-            pilot.take(*newest)
-            env.version = pilot.version
-        return None if _asked(stop, link) else pilot.act(obs, prev_action, steps)
+            self._env.version, params = newest
+            self._policy = Policy(self._spec, params)
+        return self._policy is not None
 
-    env.on_record.append(send)
-    env.version = pilot.version
-    with suppress(Stopped):
-        practise(env, wish, seed)
-    return steps
+    def wish(self, obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
+        """(a,) action with exploration; None to end. At random: uniform in what the action-rate limit leaves."""
+        self.refresh()
+        if self._stopped():
+            return None
+        if self._policy is not None and self.steps >= self._random_steps:
+            return self._policy.act(obs, prev_action, self._rng)
+        before, delta = np.clip(prev_action, -1.0, 1.0), self._spec.get("max_delta") or 2.0
+        low, high = np.maximum(before - delta, -1.0), np.minimum(before + delta, 1.0)
+        return self._rng.uniform(low, high).astype(np.float32)
+
+    def _send(self, record: Record) -> None:
+        self._link.send(record.seq, encode(record))
+        self.steps += record.action is not None
+        self._report()
+        while self._lockstep and not self._link.wait_run_until(self.steps + 1, timeout=0.5) and not self._stopped():
+            pass
+        if record.source == "reset" and self._stopped():
+            raise Leave
+
+    def _report(self) -> None:
+        """Tell the learner, now and then, how the loop does."""
+        (steps, then), now = self._reported, time.monotonic()
+        if now - then < STATUS_EVERY_S:
+            return
+        self._reported = self.steps, now
+        stats = {"rate/hz": (self.steps - steps) / (now - then)}
+        if isinstance(self._env, RobotEnv):
+            late = self._env.rate.lateness_ms()
+            stats |= {"rate/late": self._env.rate.late} | {f"rate/late_{k}_ms": v for k, v in late.items()}
+            for fault, count in self._env.gate.counts.items():
+                key = "gate/clamped" if fault in ("limit", "rate") else f"gate/veto_{fault}"
+                stats[key] = stats.get(key, 0) + count
+        self._link.report(stats)
 
 
 def serve(
@@ -138,32 +124,41 @@ def serve(
 ) -> str:
     """One actor: ask the learner what there is to do, drive until told to stop. Returns what to say of it.
 
-    Raises WireError, DriverError or TaskError with one line when it cannot begin.
+    `parent`: process id of the `tether run` that it must not outlive. Raises WireError, DriverError or TaskError
+    with one line when it cannot begin.
     """
-    stop = Stop(parent=parent)
-    stop.install()
     link = ActorLink(address)
+
+    def cause() -> str:
+        if parent is not None and os.getppid() != parent:
+            return "the run it belongs to is gone"
+        return f"the learner said stop: {link.stopped}" if link.stopped else ""
+
     try:
-        orders = link.start(LEARNER_WAIT_S, on_wait=lambda: _give_up(stop, link))
-        spec = catalog.spec_of(str(orders["task"]), str(orders["name"]))
-        if task is not None and catalog.load_spec(task).text != spec.text:
-            raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
-        seed = int(orders["seed"]) if seed is None else seed
-        env = catalog.make_env(catalog.make_task(spec), real, seed, realtime)
-        if isinstance(env, RobotEnv):
-            env.auto_reset = bool(orders["auto_reset"])
-        if view:
-            start_view(env)
-        link.begin(stream_meta(spec))
-        pilot = Pilot(orders["policy"], seed, int(orders["random_steps"]))
-        pilot.wait(link, stop)
-        lockstep = not (real or realtime)
-        steps = act(env, link, pilot, lockstep, stop, seed, Status(env, link))
+        orders = link.start(LEARNER_WAIT_S)
+        with stoppable(cause) as stopped:
+            spec = catalog.spec_of(str(orders["task"]), str(orders["name"]))
+            if task is not None and catalog.load_spec(task).text != spec.text:
+                raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
+            seed = int(orders["seed"]) if seed is None else seed
+            env = catalog.make_env(catalog.make_task(spec), real, seed, realtime)
+            if isinstance(env, RobotEnv):
+                env.auto_reset = bool(orders["auto_reset"])
+            if view:
+                start_view(env)
+            link.begin(stream_meta(spec))
+            lockstep = not (real or realtime)
+            pilot = Pilot(env, link, stopped, orders["policy"], int(orders["random_steps"]), seed, lockstep)
+            with suppress(Leave):
+                while not pilot.refresh(0.5):  # nothing moves before the first weights
+                    if stopped():
+                        raise Leave
+                practise(env, pilot.wish, seed)
+            return f"actor: {pilot.steps:,} steps, stopped: {stopped()}"
     finally:
         left = link.close()
         if left:
             print(f"actor: {left} records were not delivered", file=sys.stderr)
-    return f"actor: {steps:,} steps, stopped: {stop.reason}"
 
 
 def start_view(env: RobotEnv | GymEnv) -> None:
@@ -173,41 +168,3 @@ def start_view(env: RobotEnv | GymEnv) -> None:
         raise DriverError("--view shows twins; this is not one")
     viewer = resolve_name("tether.sim.render:view")(robot)
     env.on_record.append(lambda record: viewer.sync())
-
-
-class Status:
-    """Tells the learner, now and then, how the loop does."""
-
-    def __init__(self, env: RobotEnv | GymEnv, link: ActorLink) -> None:
-        self._env, self._link = env, link
-        self._due, self._steps, self._since = 0.0, 0, time.monotonic()
-
-    def __call__(self) -> None:
-        now = time.monotonic()
-        self._steps += 1
-        if now < self._due:
-            return
-        self._due = now + STATUS_EVERY_S
-        stats = {"rate/hz": self._steps / max(now - self._since, 1e-6)}
-        if isinstance(self._env, RobotEnv):
-            late = self._env.rate.lateness_ms()
-            stats |= {"rate/late": self._env.rate.late} | {f"rate/late_{k}_ms": v for k, v in late.items()}
-            for fault, count in self._env.gate.counts.items():
-                clamp = fault in ("limit", "rate")
-                key = "gate/clamped" if clamp else f"gate/veto_{fault}"
-                stats[key] = stats.get(key, 0) + count
-        self._steps, self._since = 0, now
-        self._link.report(stats)
-
-
-def _give_up(stop: Stop, link: ActorLink) -> None:
-    if _asked(stop, link):
-        raise WireError("stopped before a learner answered")
-
-
-def _asked(stop: Stop, link: ActorLink) -> bool:
-    if link.stopped and not stop.reason:
-        stop.reason = f"the learner said stop: {link.stopped}"
-    if stop.parent is not None and os.getppid() != stop.parent and not stop.reason:
-        stop.reason = "the run it belongs to is gone"
-    return bool(stop.reason)

@@ -134,7 +134,7 @@ def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", help="the run folder (default: runs/TASK-N)")
     sub.add_argument("--preset", default="cpu", help="name or .toml path, several with commas (default: cpu)")
     sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
-    sub.add_argument("--from", dest="start", metavar="RUN", help="start from this run's weights")
+    sub.add_argument("--from", dest="start", default="", metavar="RUN", help="start from this run's weights")
     sub.add_argument("--prior", nargs="+", action="extend", default=[], metavar="FILE|RUN", help="prior data")
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out (default: runs/latest)")
     sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")

@@ -197,8 +197,11 @@ def _value(value: Any) -> str:
     return json.dumps("none" if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
-    """The settings of a run folder and its `[run]` table. Raises ConfigError with file, cause and remedy."""
+def read(run: str | Path, overrides: Iterable[str] = ()) -> tuple[Config, dict[str, Any]]:
+    """The settings of a run folder, with `overrides` as in `load`, and its `[run]` table.
+
+    Raises ConfigError with file, cause and remedy.
+    """
     path = Path(run) / "config.toml"
     if not path.is_file():
         raise ConfigError(f"{run}: not a run folder (no config.toml); runs lie in runs/, or where --out said")
@@ -209,7 +212,8 @@ def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
             f"{path}: a run of another format, this version reads {RUN_FORMAT}; "
             "open it with the version that made it, or start a new run"
         )
-    return _merge(str(head.get("preset")), str(head.get("family")), [(str(path), data)]), head
+    layers = [(str(path), data), *(("--set", _override(text)) for text in overrides)]
+    return _merge(str(head.get("preset")), str(head.get("family")), layers), head
 
 
 def revision() -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket as sockets
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import zmq
 
-from .wire import WireError
+from ..robot_env.record import RecordError
+from .wire import Malformed, WireError
 
 LINGER_MS = 300  # for the last messages at close
 TICK_MS = 50  # at most between two turns
@@ -25,9 +28,10 @@ OPTIONS = {
 class Pump:
     """A socket and the one thread that touches it.
 
-    The thread calls `turn(messages that came)`, at least every TICK_MS; it returns True to be called again at
-    once, None to end. An error of the thread is kept for whoever calls next. Until there are keys, raises
-    WireError for an address off loopback.
+    The thread calls `take(frames)` for each message that came, which raises Malformed or RecordError for one to
+    drop, and then `turn()`, at least every TICK_MS; it returns True to be called again at once, None to end. Any
+    other error of the thread ends it, and is kept for whoever calls next. Until there are keys, raises WireError
+    for an address off loopback.
     """
 
     def __init__(self, kind: int, address: str) -> None:
@@ -38,7 +42,9 @@ class Pump:
                 "tcp://127.0.0.1:5555; elsewhere use a tunnel: `ssh -L 5555:127.0.0.1:5555 WORKSTATION`"
             )
         self._changed = threading.Condition()
-        self.error: BaseException | None = None  # ends the thread, whoever sets it
+        self.error: BaseException | None = None  # ended the thread
+        self.malformed = 0  # messages dropped
+        self.end_by = math.inf  # set by close
         self._context = zmq.Context()
         self._socket = self._context.socket(kind)
         must = zmq.ROUTER_MANDATORY if kind == zmq.ROUTER else zmq.IMMEDIATE
@@ -56,9 +62,9 @@ class Pump:
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._bell, self._ear = sockets.socketpair()
 
-    def start(self, turn: Callable[[list[list[bytes]]], bool | None]) -> None:
+    def start(self, take: Callable[[list[bytes]], None], turn: Callable[[], bool | None]) -> None:
         """Let the thread run."""
-        self._thread = threading.Thread(target=self._run, args=(turn,), name="link", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(take, turn), name="link", daemon=True)
         self._thread.start()
 
     def send(self, frames: list[bytes]) -> bool:
@@ -77,7 +83,7 @@ class Pump:
         with suppress(OSError):  # it is awake already, or closed
             self._bell.send(b"!", sockets.MSG_DONTWAIT)
 
-    def wait(self, ready: Callable[[], Any], timeout: float | None) -> bool:
+    def wait(self, ready: Callable[[], Any], timeout: float) -> bool:
         """Wait until `ready`, or until the thread failed, which is raised here; whether it is ready."""
         with self._changed:
             self._changed.wait_for(lambda: ready() or self.error, timeout)
@@ -89,8 +95,9 @@ class Pump:
         if self.error is not None:
             raise WireError(f"the link failed: {self.error}") from self.error
 
-    def close(self) -> None:
-        """Wait for the thread to end, and let go of the address."""
+    def close(self, timeout: float = 0.0) -> None:
+        """Wait for the thread to end, which `timeout` s from now should be done, and let go of the address."""
+        self.end_by = min(self.end_by, time.monotonic() + timeout)
         with suppress(WireError):
             self.wake()
         self._thread.join()
@@ -98,20 +105,23 @@ class Pump:
         self._bell.close()
         self._ear.close()
 
-    def _run(self, turn: Callable[[list[list[bytes]]], bool | None]) -> None:
+    def _run(self, take: Callable[[list[bytes]], None], turn: Callable[[], bool | None]) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._ear, zmq.POLLIN)
         again: bool | None = True
         try:
-            while again is not None and self.error is None:
+            while again is not None:
                 if self._ear.fileno() in dict(poller.poll(0 if again else TICK_MS)):
                     self._ear.recv(4096)
-                came: list[list[bytes]] = []
                 with suppress(zmq.Again):
-                    while len(came) < 64:
-                        came.append(self._socket.recv_multipart(zmq.NOBLOCK))
-                again = turn(came)
+                    for _ in range(64):
+                        frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                        try:
+                            take(frames)
+                        except (Malformed, RecordError):
+                            self.malformed += 1
+                again = turn()
                 with self._changed:
                     self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001 - comes back from the next call

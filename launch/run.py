@@ -6,13 +6,12 @@ import contextlib
 import os
 import subprocess
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import Any
 
 from . import catalog, config
-from .actor import Stop
+from .actor import stoppable
 from .folder import RunError, new_folder, point_latest
 from .learner import Job, Learner
 from .log import Log
@@ -23,12 +22,23 @@ ACTOR_ENDED = "the actor ended"
 
 def job_of(options: Any) -> Job:
     """The learner's job from the command line. Everything that can be wrong is said before anything starts."""
-    start = None
     if options.resume:
         folder = Path(options.out or "runs/latest").resolve()
         settings, facts = config.read(folder)
-        spec, seed = catalog.spec_of(facts["task"], facts["name"]), int(facts["seed"])
-        prior = facts.get("prior", ())
+        spec, seed = catalog.spec_of(facts["task"], facts["name"]), facts["seed"]
+        prior, start = facts["prior"], facts["from"]
+        asked: dict[str, tuple[Any, Any, Any]] = {  # now, where nothing is asked for, when the run began
+            "TASK": (catalog.load_spec(options.task).text, None, spec.text),
+            "--seed": (options.seed, 0, seed),
+            "--preset": (options.preset, "cpu", settings.preset),
+            "--set": (config.read(folder, options.set)[0], None, settings),
+            "--prior": (options.prior, [], prior),
+            "--from": (options.start, "", start),
+        }
+        for name, (now, default, before) in asked.items():
+            if now not in (default, before):
+                how = f"{name} is not what {folder} began with, which its config.toml says"
+                raise RunError(f"{how}: leave out {name} or give the same, or leave out --resume")
     else:
         spec, seed, prior, start = catalog.load_spec(options.task), options.seed, options.prior, options.start
         settings = config.load(options.preset, spec.kind, options.set)
@@ -45,14 +55,15 @@ def job_of(options: Any) -> Job:
 
 def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
     """Run a learner here and, with `actor` (its arguments), an actor beside it until the steps are done."""
-    stop = Stop()
-    give_back = stop.install()
     cores = _split_cores() if actor and "--realtime" in actor else None
     child: subprocess.Popen[bytes] | None = None
     failure = job.folder / "error.txt"
     job.folder.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
-    with Log(job.folder, job.config.learner.steps, tensorboard=job.tensorboard) as log:
+    with (
+        stoppable(lambda: ACTOR_ENDED if child and child.poll() else "") as stopped,
+        Log(job.folder, job.config.learner.steps, tensorboard=job.tensorboard) as log,
+    ):
         try:
             learner = Learner(job, log)
             if not job.resume:  # only now is the folder's name taken
@@ -60,30 +71,25 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
                 point_latest(job.folder)
             log.note(f"run {job.folder}, learner at {learner.link.address}")
             if actor is not None and learner.trainer.steps < job.config.learner.steps:
-                child = _spawn_actor(learner.link.address, actor)
-                if cores is not None:
-                    os.sched_setaffinity(child.pid, cores)
-                threading.Thread(target=_watch, args=(child, stop), daemon=True).start()
-            result = learner.run(stop)
-            status = child.wait(ACTOR_GRACE_S) if child else 0
-            if status and stop.reason in ("", ACTOR_ENDED):
+                child = _spawn_actor(learner.link.address, actor, cores)
+            result = learner.run(stopped)
+            if child and child.wait(ACTOR_GRACE_S) and stopped() == ACTOR_ENDED:
                 kept = f"what it had sent is kept in {job.folder}, go on with --resume"
-                raise RunError(f"{ACTOR_ENDED} with status {status}; {kept}")
+                raise RunError(f"{ACTOR_ENDED} with status {child.returncode}; {kept}")
             return result
         except Exception:
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
                 failure.write_text(traceback.format_exc(), encoding="utf-8")
             raise
         finally:
-            if child is not None and child.poll() is None:
+            if child and child.poll() is None:
                 child.terminate()
                 child.wait()
-            give_back()
 
 
 def _save_config(job: Job) -> None:
-    facts = {"task": job.spec.text or job.spec.name, "name": job.spec.name, "seed": job.seed,
-             "prior": list(job.prior), "from": job.start or ""}  # fmt: skip
+    facts = {"task": job.spec.text, "name": job.spec.name, "seed": job.seed}
+    facts |= {"prior": list(job.prior), "from": job.start}
     (job.folder / "config.toml").write_text(config.dump(job.config, **facts), encoding="utf-8")
 
 
@@ -96,12 +102,9 @@ def _split_cores() -> set[int] | None:
     return {cores[0]}
 
 
-def _spawn_actor(address: str, arguments: list[str]) -> subprocess.Popen[bytes]:
+def _spawn_actor(address: str, arguments: list[str], cores: set[int] | None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tether.launch.cli", "actor", "--learner", address]
-    command += ["--parent", str(os.getpid()), *arguments]
-    return subprocess.Popen(command, start_new_session=True)
-
-
-def _watch(child: subprocess.Popen[bytes], stop: Stop) -> None:
-    if child.wait() and not stop.reason:
-        stop.reason = ACTOR_ENDED
+    child = subprocess.Popen([*command, "--parent", str(os.getpid()), *arguments], start_new_session=True)
+    if cores is not None:
+        os.sched_setaffinity(child.pid, cores)
+    return child

@@ -15,17 +15,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import msgpack
-import numpy as np
 import zmq
 
-from ..robot_env.record import Meta, Record, RecordError, decode
+from ..robot_env.record import Meta, Record, decode
 from . import wire
 from .pump import Pump
-from .wire import Message, VersionError, WireError
+from .wire import Malformed, Message, Params, VersionError, WireError
 
 WINDOW = 256  # records sent and not acknowledged
 GO_BACK_S = 1.0
@@ -45,7 +43,7 @@ class Stream:
     meta: Meta | None = None
     route: bytes = b""  # ROUTER identity of the actor's connection; empty: none
     run_until: int = 0
-    told: tuple[int, int, int, str] | None = None  # what the last ACK said; None: one is due
+    told: dict[str, Any] | None = None  # what the last ACK said; None: one is due
     want: int | None = None  # offset of the chunk of weights that was asked for
     received: int = 0
     weights_at: float = math.inf  # when the actor's weights were published
@@ -68,18 +66,17 @@ class LearnerLink:
     """
 
     def __init__(
-        self, bind: str, spec: Meta | None, welcome: Mapping[str, Any],
+        self, bind: str, spec: Meta, welcome: Mapping[str, Any],
         journal: Callable[[Meta, int, list[bytes]], None], expected: Mapping[str, int],
     ) -> None:
         self._spec, self._welcome, self._journal = spec, msgpack.packb(welcome), journal
         self._streams = {name: Stream(seq) for name, seq in expected.items()}
         self._queue: deque[tuple[str, Record]] = deque()
         self._weights = wire.NO_WEIGHTS
-        self._stop, self._closing = "", False
-        self.malformed = 0  # messages dropped
+        self._stop = ""  # why the actors are to end
         self._pump = Pump(zmq.ROUTER, bind)
         self.address = self._pump.address
-        self._pump.start(self._turn)
+        self._pump.start(self._take, self._turn)
 
     def poll(self, timeout: float = 0.0) -> list[tuple[str, Record]]:
         """(stream, record) of all that came since the last call; waits up to `timeout` s for the first.
@@ -95,7 +92,7 @@ class LearnerLink:
             self._streams[stream].run_until = step
             self._pump.wake()
 
-    def publish(self, version: int, params: Mapping[str, np.ndarray]) -> None:
+    def publish(self, version: int, params: Params) -> None:
         """Offer weights to every actor, now and whenever one connects. They must be finite and newer."""
         if version <= self._weights.version:
             raise WireError(f"weights {version} are not newer than {self._weights.version}")
@@ -118,13 +115,10 @@ class LearnerLink:
 
     def close(self) -> None:
         """Send what is due and let go of the address. Idempotent."""
-        self._closing = True
         self._pump.close()
 
-    def _turn(self, came: list[list[bytes]]) -> bool | None:
-        closing = self._closing  # what was due before is sent below
-        for route, *frames in came:
-            self._take(route, frames)
+    def _turn(self) -> bool | None:
+        closing = self._pump.end_by < math.inf  # what was due before is sent below
         for stream in self._streams.values():
             if stream.route:
                 self._serve(stream)
@@ -135,56 +129,51 @@ class LearnerLink:
 
     def _serve(self, stream: Stream) -> None:
         """Send one actor what is due; what the pipe does not take now stays due."""
-        news = stream.expected - 1, stream.run_until, self._weights.version, self._stop
-        if news != stream.told:
-            sent = self._send(stream.route, "ACK", seq=news[0], run_until=news[1], weights=news[2])
-            sent = sent and (not self._stop or self._send(stream.route, "STOP", reason=self._stop))
-            stream.told = news if sent else None
+        news: dict[str, Any] = {"seq": stream.expected - 1, "run_until": stream.run_until,
+                                "weights": self._weights.version, "stop": self._stop}  # fmt: skip
+        if news != stream.told and self._send(stream.route, "ACK", **news):
+            stream.told = news
         if stream.want is not None and self._pump.send([stream.route, *self._weights.chunk(stream.want)]):
             stream.want = None
 
-    def _take(self, route: bytes, frames: list[bytes]) -> None:
+    def _take(self, frames: list[bytes]) -> None:
+        route, *parts = frames
         try:
-            message = wire.decode(frames, "actor")
-            stream = self._streams.get(message.fields["stream"])
-            if message.kind == "HELLO":
-                self._on_hello(route, message)
-            elif stream is None or stream.meta is None or stream.route != route:
-                self._send(route, "REFUSE", again=True)
-            else:
-                stream.seen, stream.told = time.monotonic(), None
-                self._on_message(stream, stream.meta, message)
+            message = wire.decode(parts, "actor")
         except VersionError as error:
-            self.malformed += 1
-            self._send(route, "REFUSE", str(error).encode(), again=False)
-        except (WireError, RecordError):
-            self.malformed += 1  # dropped; whoever sent it is served on
+            self._send(route, "REFUSE", str(error).encode())
+            raise Malformed(str(error)) from None
+        stream = self._streams.get(message.fields["stream"])
+        if message.kind == "HELLO":
+            self._on_hello(route, message)
+        elif stream is None or stream.meta is None or stream.route != route:
+            self._send(route, "REFUSE")
+        else:
+            stream.seen, stream.told = time.monotonic(), None
+            self._on_message(stream, stream.meta, message)
 
     def _on_hello(self, route: bytes, message: Message) -> None:
         name, first, after = (message.fields[key] for key in ("stream", "first", "next"))
-        if not message.body:  # asks what there is to do
-            self._send(route, "WELCOME", self._welcome, stream=name)
-            return
-        meta = Meta.from_json(message.body)
-        stream = self._streams.get(name) or Stream(first)
-        lines = self._spec.differences(meta) if self._spec is not None else []
-        possible = meta.stream == name and 1 <= first <= after >= stream.expected
-        if not possible or len(self._streams) > MAX_STREAMS:
-            lines.append("this stream cannot go on here: start the actor again")
-        if lines:  # here: the learner
-            self._send(route, "REFUSE", "; ".join(lines).encode(), again=False)
-            return
-        stream.meta, stream.route, stream.want, stream.told = meta, route, None, None
-        stream.seen, stream.report = time.monotonic(), stream.report | {"state": "run"}
-        self._streams[name] = stream
-        self._send(route, "WELCOME", stream=name)
+        if message.body:  # else it asks what there is to do
+            meta = Meta.from_json(message.body)
+            stream = self._streams.get(name) or Stream(first)
+            lines = self._spec.differences(meta)  # here: the learner
+            possible = meta.stream == name and 1 <= first <= after >= stream.expected
+            if not possible or len(self._streams) > MAX_STREAMS:
+                lines.append("this stream cannot go on here: start the actor again")
+            if lines:
+                self._send(route, "REFUSE", "; ".join(lines).encode())
+                return
+            stream.expected = max(stream.expected, first)  # what is lost is no reason to wait
+            stream.meta, stream.route, stream.want, stream.told = meta, route, None, None
+            stream.seen, stream.report = time.monotonic(), stream.report | {"state": "run"}
+            self._streams[name] = stream
+        self._send(route, "WELCOME", self._welcome, stream=name)
 
     def _on_message(self, stream: Stream, meta: Meta, message: Message) -> None:
         fields = message.fields
         if message.kind == "DATA":
             self._on_data(stream, meta, fields["seq"], wire.unpack_records(message.body))
-        elif message.kind == "GAP" and fields["first"] <= stream.expected <= fields["last"]:
-            stream.expected = fields["last"] + 1
         elif message.kind == "STATUS":
             stream.report = fields
             if fields["weights"] == self._weights.version:
@@ -198,53 +187,49 @@ class LearnerLink:
         due, room = stream.expected, MAX_QUEUED - len(self._queue)
         new = payloads[due - first :][:room]
         records = [decode(payload) for payload in new]
-        if any(record.seq != due + i for i, record in enumerate(records)):
-            raise WireError("a record under another number")
+        if any(record.seq != seq for seq, record in enumerate(records, due)):
+            raise Malformed("a record under another number")
         try:
             self._journal(meta, due, new)
-        except Exception as error:  # noqa: BLE001 - comes back from the next call; nothing is acknowledged
-            self._pump.error = error
-            return
+        except Exception as error:  # comes back from the next call; nothing is acknowledged
+            raise WireError(str(error)) from error
         stream.expected += len(new)
         stream.received += len(new)
         self._queue.extend((meta.stream, record) for record in records)
 
 
 class Spool:
-    """The records of an actor that are not acknowledged, in memory."""
+    """The records of an actor that are not acknowledged, in memory. One thread appends, one sends and forgets."""
 
     def __init__(self) -> None:
         self.first = 1  # sequence number of the oldest record kept
-        self._payloads: deque[bytes] = deque()
+        self.next_seq = 1  # of the next one
+        self._payloads: dict[int, bytes] = {}
 
     def __len__(self) -> int:
-        return len(self._payloads)
-
-    @property
-    def next_seq(self) -> int:
-        """The number of the next record."""
-        return self.first + len(self._payloads)
+        return self.next_seq - self.first
 
     def append(self, seq: int, payload: bytes) -> None:
         """Keep a record. Raises WireError when it is out of order or one too many."""
         if seq != self.next_seq or len(self) >= MAX_SPOOL:
             raise WireError(f"record {seq} came where {self.next_seq} was due, or more than {MAX_SPOOL} wait")
-        self._payloads.append(payload)
+        self._payloads[seq] = payload
+        self.next_seq += 1  # last: from here on it is there for the other thread
 
     def ack(self, seq: int) -> None:
         """Forget the records up to `seq`."""
-        while self._payloads and self.first <= seq:
-            self._payloads.popleft()
+        while self.first <= min(seq, self.next_seq - 1):
+            del self._payloads[self.first]
             self.first += 1
 
     def batch(self, seq: int) -> list[bytes]:
         """The records from `seq` on that fit one message."""
-        found, room, at = [], wire.MAX_BODY, seq - self.first
-        for payload in islice(self._payloads, at, at + wire.MAX_BATCH):
-            room -= len(payload) + 8  # as msgpack frames it
+        found, room = [], wire.MAX_BODY
+        for number in range(seq, min(seq + wire.MAX_BATCH, self.next_seq)):
+            room -= len(self._payloads[number]) + 8  # as msgpack frames it
             if room < 0:
                 break
-            found.append(payload)
+            found.append(self._payloads[number])
         return found
 
 
@@ -256,35 +241,27 @@ class ActorLink:
     def __init__(self, address: str) -> None:
         self.address = address
         self.stopped = ""  # why the learner said stop
-        self.malformed = 0  # messages dropped
         self._hello = NOBODY, b""  # stream and Meta
         self._answer = "", b""  # the WELCOME to it, on this connection
         self._beat_at = 0.0  # when HELLO or, once it was taken, STATUS is due
         self._stats: dict[str, float] = {}
-        self._new: deque[tuple[int, bytes]] = deque()  # records on their way to the thread
         self._spool = Spool()
         self._sent = 0  # highest sequence number sent on this connection
         self._progress_at = 0.0  # when the window last moved
         self._inbox = wire.Inbox()
+        self._newest = 0  # version of the weights the learner has
         self._wanting = False  # a chunk of weights was asked for and has not come
-        self._fresh: deque[tuple[int, dict[str, np.ndarray]]] = deque(maxlen=1)
+        self._fresh: deque[tuple[int, Params]] = deque(maxlen=1)
         self._run_until = 0
-        self._flush_until = math.inf  # set by close
         self._pump = Pump(zmq.DEALER, address)
-        self._pump.start(self._turn)
+        self._pump.start(self._take, self._turn)
 
-    def start(self, timeout: float = 10.0, on_wait: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """What the learner tells an actor. `on_wait()` is called twice a second meanwhile, and may raise to
-        give up. WireError when no learner answers."""
-        give_up_at = time.monotonic() + timeout
-        while not self._pump.wait(lambda: self._open, min(0.5, timeout)):
-            if time.monotonic() >= give_up_at:
-                raise WireError(
-                    f"no learner at {self.address} after {timeout:.0f} s: start it with "
-                    f"`tether learner TASK --bind {self.address}`"
-                )
-            on_wait()
-        return wire.unpack_map(self._answer[1])
+    def start(self, timeout: float = 10.0) -> dict[str, Any]:
+        """What the learner tells an actor. WireError when no learner answers."""
+        if not self._pump.wait(lambda: self._open, timeout):
+            remedy = f"start it with `tether learner TASK --bind {self.address}`"
+            raise WireError(f"no learner at {self.address} after {timeout:.0f} s: {remedy}")
+        return wire.unpack(self._answer[1], dict, max_str_len=wire.MAX_BODY)
 
     def begin(self, meta: Meta, timeout: float = 10.0) -> None:
         """Open the stream `meta`. WireError with the differences when the learner refuses it."""
@@ -293,11 +270,11 @@ class ActorLink:
         self.start(timeout)
 
     def send(self, seq: int, payload: bytes) -> None:
-        """Hand over the next record (`record.encode`). The next call raises when no more fit in memory."""
-        self._new.append((seq, payload))
+        """Hand over the next record (`record.encode`). WireError when no more fit in memory."""
+        self._spool.append(seq, payload)
         self._pump.wake()
 
-    def weights(self, timeout: float = 0.0) -> tuple[int, dict[str, np.ndarray]] | None:
+    def weights(self, timeout: float = 0.0) -> tuple[int, Params] | None:
         """(version, parameters) of the newest complete set, once; None when there is none since.
 
         Waits up to `timeout` s for one, or until the learner says stop.
@@ -317,38 +294,33 @@ class ActorLink:
 
     def close(self, timeout: float = 5.0) -> int:
         """Deliver what is left, for at most `timeout` s, and end. Returns the records not delivered."""
-        self._flush_until = min(self._flush_until, time.monotonic() + timeout)
-        self._pump.close()
-        return len(self._spool) + len(self._new)
+        self._pump.close(timeout)
+        return len(self._spool)
 
     @property
     def _open(self) -> bool:
         """Whether the learner took our HELLO on this connection."""
         return self._answer[0] == self._hello[0]
 
-    def _turn(self, came: list[list[bytes]]) -> bool | None:
-        flush_until = self._flush_until  # what was handed over before is sent below
-        for frames in came:
-            self._take(frames)
-        while self._new:
-            self._spool.append(*self._new.popleft())
-        now = time.monotonic()
-        if now >= flush_until or (flush_until < math.inf and not len(self._spool)):
+    def _turn(self) -> bool | None:
+        now, end_by = time.monotonic(), self._pump.end_by
+        if now >= end_by or (end_by < math.inf and not len(self._spool)):
             self._beat("closed")
             return None
         if self._open and not self._hello[1]:
             return False  # it knows what there is to do, and has not begun
         if now >= self._beat_at and self._beat("run"):
             self._beat_at = now + BEAT_S
+        if self._open and self._newest > self._inbox.tried and not self._wanting:
+            self._wanting = self._send("WANT", version=self._newest, offset=self._inbox.filled(self._newest))
         return self._open and self._send_records(now)
 
     def _beat(self, state: str) -> bool:
         """Say that we are there, and how we do."""
-        spool, inbox = self._spool, self._inbox
         if not self._open:
-            return self._send("HELLO", self._hello[1], first=spool.first, next=spool.next_seq)
-        return self._send("STATUS", state=state, spool=len(spool), weights=inbox.version,
-                          refused=inbox.refused, stats=self._stats)
+            return self._send("HELLO", self._hello[1], first=self._spool.first, next=self._spool.next_seq)
+        return self._send("STATUS", state=state, spool=len(self._spool), weights=self._inbox.version,
+                          refused=self._inbox.refused, stats=self._stats)
 
     def _send_records(self, now: float) -> bool:
         """Send the next batch; whether there may be more to send at once."""
@@ -365,51 +337,32 @@ class ActorLink:
         return self._pump.send(wire.encode(kind, body, stream=self._hello[0], **fields))
 
     def _take(self, frames: list[bytes]) -> None:
-        try:
-            message = wire.decode(frames, "learner")
-            getattr(self, f"_on_{message.kind.lower()}")(message.body, **message.fields)
-        except VersionError as error:
-            self._pump.error = error
-        except WireError:
-            self.malformed += 1
+        message = wire.decode(frames, "learner")
+        getattr(self, f"_on_{message.kind.lower()}")(message.body, **message.fields)
 
     def _on_welcome(self, body: bytes, stream: str) -> None:
         self._answer, self._sent, self._beat_at = (stream, body), 0, 0.0
-        self._inbox, self._wanting = wire.Inbox(), False  # another learner may count from 1 again
+        self._inbox, self._newest, self._wanting = wire.Inbox(), 0, False  # another learner may count from 1 again
 
-    def _on_refuse(self, body: bytes, again: bool) -> None:
-        if not again:
-            why = body.decode(errors="replace")
-            self._pump.error = WireError(f"the learner at {self.address} refuses: {why}")
-        elif self._open:
+    def _on_refuse(self, body: bytes) -> None:
+        if body:
+            raise WireError(f"the learner at {self.address} refuses: {body.decode(errors='replace')}")
+        if self._open:
             self._answer, self._beat_at = ("", b""), 0.0
 
-    def _on_ack(self, body: bytes, seq: int, run_until: int, weights: int) -> None:
-        spool = self._spool
-        if seq >= spool.next_seq:
-            raise WireError("ACK of a record that does not exist")
-        if seq >= spool.first:
-            spool.ack(seq)
+    def _on_ack(self, body: bytes, seq: int, run_until: int, weights: int, stop: str) -> None:
+        if seq >= self._spool.next_seq:
+            raise Malformed("ACK of a record that does not exist")
+        if seq >= self._spool.first:
+            self._spool.ack(seq)
             self._progress_at = time.monotonic()
-        elif seq < spool.first - 1:
-            self._send("GAP", first=seq + 1, last=spool.first - 1)
-            self._sent = 0  # what was sent since is too early
-        self._run_until = max(self._run_until, run_until)
-        if weights > self._inbox.tried and not self._wanting:
-            self._want(weights)
+        self._run_until, self._newest = max(self._run_until, run_until), weights
+        self.stopped = self.stopped or stop
 
     def _on_weights(self, body: bytes, version: int, **about: Any) -> None:
         params = self._inbox.take(body, version, **about)
         if params is not None:
             self._fresh.append((version, params))
-        self._wanting = False
-        if self._inbox.tried < version:
-            self._want(version)
-        else:
+        self._newest, self._wanting = version, False
+        if self._inbox.tried >= version:
             self._beat_at = 0.0  # tells what became of them
-
-    def _want(self, version: int) -> None:
-        self._wanting = self._send("WANT", version=version, offset=self._inbox.filled(version))
-
-    def _on_stop(self, body: bytes, reason: str) -> None:
-        self.stopped = reason or "stop"

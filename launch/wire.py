@@ -12,7 +12,7 @@ import math
 import re
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -23,6 +23,8 @@ from safetensors import numpy as safetensors
 from ..robot_env import record
 from ..robot_env.record import LIMITS, MAX_TEXT
 
+Params = dict[str, np.ndarray]  # flat name -> float array
+
 VERSION = 2
 MAX_HEADER = 8 << 10
 MAX_BODY = (1 << 20) - MAX_HEADER
@@ -30,43 +32,38 @@ MAX_BATCH = 32  # records in one DATA
 CHUNK = 256 << 10  # bytes of weights in one WEIGHTS: larger ones starve heartbeats on a slow link
 MAX_WEIGHTS = 64 << 20  # bytes
 
-KINDS = record.KINDS | {
-    "flag": lambda v: type(v) is bool,
-    "sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v) is not None,
-}
+KINDS = record.KINDS | {"sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v) is not None}
 
 # type: (sender, name:kind of each field of the header)
 MESSAGES = {
-    # on each connect; body: the stream's Meta as JSON, or empty to ask what there is to do.
-    # first: the oldest record the actor still has; next: the one it will make next
+    # on each connect; body: the stream's Meta as JSON, or empty to ask what there is to do. first: the oldest
+    # record the actor still has, those before will never come (again); next: the one it will make next
     "HELLO": ("actor", "stream:stream first:count next:count"),
-    # body: for the actor that asked, what it is to do (task, policy) as a msgpack map; else empty
+    # body: what there is to do (task, policy) as a msgpack map
     "WELCOME": ("learner", "stream:stream"),
-    # body: UTF-8, why; again: only because the learner does not know this actor, say HELLO
-    "REFUSE": ("learner", "again:flag"),
+    # body: UTF-8, why; empty: only because the learner does not know this actor, say HELLO
+    "REFUSE": ("learner", ""),
     # body: 1 to 32 records, the first of them number seq
     "DATA": ("actor", "stream:stream seq:count"),
-    # all up to seq is stored; the actor may reach step run_until; the newest weights (0: none).
-    # Answers every message but HELLO
-    "ACK": ("learner", "seq:count run_until:count weights:count"),
-    # these records will never come
-    "GAP": ("actor", "stream:stream first:count last:count"),
+    # all up to seq is stored; the actor may reach step run_until; the newest weights (0: none); stop: why to end
+    # cleanly (it may only make the robot safer), or empty. Answers every message but HELLO
+    "ACK": ("learner", "seq:count run_until:count weights:count stop:text"),
     # twice a second, and when weights were taken or refused (why); state: run or closed
     "STATUS": ("actor", "stream:stream state:text spool:count weights:count refused:text stats:numbers"),
     # send me the chunk of this version that begins here. Not asked for twice at once, so that acks pass
     "WANT": ("actor", "stream:stream version:count offset:count"),
     # body: at most 256 KiB of a safetensors file, of the newest version; from 0 where it is another one
     "WEIGHTS": ("learner", "version:count offset:count nbytes:count layout:sha256 sha256:sha256"),
-    # end cleanly; it may only make the robot safer
-    "STOP": ("learner", "reason:text"),
 }
-FIELDS = {
-    kind: dict(field.split(":") for field in header.split()) for kind, (_, header) in MESSAGES.items()
-}
+FIELDS = {kind: dict(field.split(":") for field in header.split()) for kind, (_, header) in MESSAGES.items()}
 
 
 class WireError(RuntimeError):
     """The link failed or a message is malformed: names the cause and, where there is one, the remedy."""
+
+
+class Malformed(WireError):
+    """A message to be dropped and counted; whoever sent it is served on."""
 
 
 class VersionError(WireError):
@@ -82,40 +79,38 @@ class Message(NamedTuple):
 
 
 def encode(kind: str, body: bytes = b"", **fields: Any) -> list[bytes]:
-    """The two frames of a message. Raises WireError for one that `decode` would refuse."""
+    """The two frames of a message. Raises Malformed for one that `decode` would refuse."""
     _check(kind, fields)
     header = msgpack.packb({"v": VERSION, "t": kind, "crc": zlib.crc32(body), **fields})
     if len(header) > MAX_HEADER or len(body) > MAX_BODY:
-        raise WireError(f"{kind}: {len(header)} + {len(body)} bytes do not fit a message")
+        raise Malformed(f"{kind}: {len(header)} + {len(body)} bytes do not fit a message")
     return [header, body]
 
 
 def decode(frames: Sequence[bytes], sender: str) -> Message:
-    """The message of frames from `sender`, whom nobody vouches for. Raises WireError."""
+    """The message of frames from `sender`, whom nobody vouches for. Raises Malformed or VersionError."""
     if len(frames) != 2 or len(frames[0]) > MAX_HEADER or len(frames[1]) > MAX_BODY:
-        raise WireError("a message is two frames, neither of them too long")
-    fields = unpack_map(frames[0], MAX_TEXT)
+        raise Malformed("a message is two frames, neither of them too long")
+    fields = unpack(frames[0], dict)
     version, kind, crc = fields.pop("v", None), fields.pop("t", None), fields.pop("crc", None)
     if type(version) is int and version != VERSION:
-        raise VersionError(
-            f"the other side speaks version {version} of the protocol, this one {VERSION}: "
-            "install the same tether on both"
-        )
+        cause = f"the other side speaks version {version} of the protocol, this one {VERSION}"
+        raise VersionError(f"{cause}: install the same tether on both")
     if version != VERSION or type(kind) is not str or crc != zlib.crc32(frames[1]):
-        raise WireError("a header without a version or a type, or a body that does not match its checksum")
+        raise Malformed("a header without a version or a type, or a body that does not match its checksum")
     _check(kind, fields)
     if MESSAGES[kind][0] != sender:
-        raise WireError(f"{kind} is not for the {sender} to send")
+        raise Malformed(f"{kind} is not for the {sender} to send")
     return Message(kind, fields, frames[1])
 
 
 def _check(kind: str, fields: dict[str, Any]) -> None:
     due = FIELDS.get(kind)
     if due is None or fields.keys() != due.keys():
-        raise WireError(f"no message {kind!r} has the fields {', '.join(map(str, fields))}")
+        raise Malformed(f"no message {kind!r} has the fields {', '.join(map(str, fields))}")
     for name, what in due.items():
         if not KINDS[what](fields[name]):
-            raise WireError(f"{kind}: {name} is of the wrong type or out of bounds")
+            raise Malformed(f"{kind}: {name} is of the wrong type or out of bounds")
 
 
 def clip(text: str) -> str:
@@ -123,27 +118,23 @@ def clip(text: str) -> str:
     return text.encode(errors="replace")[:MAX_TEXT].decode(errors="ignore")
 
 
-def unpack_map(data: bytes, max_text: int = MAX_BODY) -> dict[str, Any]:
-    """A msgpack map of bytes nobody vouches for; empty bytes are an empty one. Raises WireError."""
-    return _unpack(data or b"\x80", dict, max_str_len=max_text)
-
-
-def unpack_records(body: bytes) -> list[bytes]:
-    """The payloads of a DATA body, which is a msgpack array of them. Raises WireError."""
-    payloads = _unpack(body, list, max_array_len=MAX_BATCH, max_bin_len=MAX_BODY)
-    if not payloads or not all(type(payload) is bytes for payload in payloads):
-        raise WireError("DATA: not a list of records")
-    return payloads
-
-
-def _unpack(data: bytes, kind: type, **bounds: int) -> Any:
+def unpack(data: bytes, kind: type, **bounds: int) -> Any:
+    """A msgpack `kind` of bytes nobody vouches for, within LIMITS or the wider `bounds`. Raises Malformed."""
     try:
         value = msgpack.unpackb(data, **LIMITS | {"max_bin_len": 64} | bounds)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise WireError(f"malformed: {error}") from None
+        raise Malformed(f"malformed: {error}") from None
     if type(value) is not kind:
-        raise WireError(f"malformed: not a {kind.__name__}")
+        raise Malformed(f"malformed: not a {kind.__name__}")
     return value
+
+
+def unpack_records(body: bytes) -> list[bytes]:
+    """The payloads of a DATA body, which is a msgpack array of them. Raises Malformed."""
+    payloads = unpack(body, list, max_array_len=MAX_BATCH, max_bin_len=MAX_BODY)
+    if not payloads or not all(type(payload) is bytes for payload in payloads):
+        raise Malformed("DATA: not a list of records")
+    return payloads
 
 
 class Weights(NamedTuple):
@@ -164,8 +155,8 @@ class Weights(NamedTuple):
 NO_WEIGHTS = Weights(0, b"", "0" * 64, "0" * 64, math.inf)
 
 
-def pack_weights(version: int, params: Mapping[str, np.ndarray]) -> Weights:
-    """Flat name -> float array. Raises WireError where a number is not finite."""
+def pack_weights(version: int, params: Params) -> Weights:
+    """Ready to send. Raises WireError where a number is not finite."""
     arrays = {name: np.array(value, "<f4", order="C") for name, value in params.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
@@ -188,9 +179,7 @@ class Inbox:
         """Bytes that came of a version."""
         return len(self._data) if version == self._coming else 0
 
-    def take(
-        self, body: bytes, version: int, offset: int, nbytes: int, layout: str, sha256: str
-    ) -> dict[str, np.ndarray] | None:
+    def take(self, body: bytes, version: int, offset: int, nbytes: int, layout: str, sha256: str) -> Params | None:
         """The parameters that a WEIGHTS completes. One that is not the next due chunk changes nothing."""
         if version <= self.tried or offset != self.filled(version):
             return None
@@ -212,7 +201,7 @@ class Inbox:
         return params
 
 
-def _parse(data: bytes, layout: str, sha256: str) -> dict[str, np.ndarray]:
+def _parse(data: bytes, layout: str, sha256: str) -> Params:
     if (_sha256(data), _layout(data)) != (sha256, layout):
         raise WireError("the data or their layout do not match the checksum")
     try:

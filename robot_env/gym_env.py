@@ -46,7 +46,7 @@ def spec(name: str) -> TaskSpec:
     hz = float(env.metadata.get("render_fps") or DEFAULT_HZ)
     limit = env.spec.max_episode_steps if env.spec else None
     env.close()
-    return TaskSpec(name=name, robot=name, kind="gym", hz=hz, episode_s=(limit or 1000) / hz)
+    return TaskSpec(name=name, robot=name, kind="gym", hz=hz, episode_s=(limit or 1000) / hz, text=name)
 
 
 class GymTask:
