@@ -5,7 +5,8 @@ to the first unacknowledged one after a second without progress or a new connect
 takes only the one it expects. Weights, which the actor asks for chunk by chunk, and permissions to go on
 (`run_until`) come back on the same socket.
 
-There are no locks: what two threads share is assigned as a whole by one of them, or is a deque.
+There are no locks: what two threads share is assigned as a whole by one of them, or is a deque, or the spool,
+whose numbers say which of its records belong to whom.
 """
 
 from __future__ import annotations

@@ -17,11 +17,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tether.launch import catalog, config
+from tether.launch import catalog, cli, config
+from tether.launch.folder import RunError
 from tether.robot_env.record import Record, read_streams
 
 jax = pytest.importorskip("jax")
 
+from tether.launch.learner import Job  # noqa: E402
+from tether.launch.run import job_of  # noqa: E402
 from tether.launch.trainer import Trainer  # noqa: E402
 
 PATIENCE = 120.0  # s, for what is awaited; never for what is asserted
@@ -194,6 +197,46 @@ def test_a_signal_ends_a_run_with_a_snapshot_and_it_can_go_on(number):
         streams = each_once_and_in_order()
         assert len(streams) == 2 and steps_of(streams) >= total
         restored()
+
+
+def test_an_actor_that_waits_for_a_learner_ends_at_a_signal():
+    with tether("actor", "--learner", free_address()) as actor:
+        await_(lambda: "zmq" in Path(f"/proc/{actor.pid}/maps").read_text(), actor)
+        actor.send_signal(signal.SIGINT)
+        assert actor.wait(PATIENCE) == 130
+
+
+def begun(**changes) -> None:
+    """A folder of a run that was begun, before its first step."""
+    Path("run").mkdir()
+    facts = {"task": FAKE, "name": "fake", "seed": 3, "prior": ["lap"], "from": "older"} | changes
+    settings = config.load("full", "course", ["agent.gamma=0.9"])
+    Path("run/config.toml").write_text(config.dump(settings, **facts))
+
+
+def resumed(*arguments: str) -> Job:
+    return job_of(cli.build().parse_args(["run", *arguments, "--resume", "--out", "run"]))
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("--seed", ["fake.toml", "--seed", "4"]), ("--preset", ["fake.toml", "--preset", "cpu,full"]),
+    ("--set", ["fake.toml", "--set", "agent.gamma=0.8"]), ("--prior", ["fake.toml", "--prior", "lap", "more"]),
+    ("--from", ["fake.toml", "--from", "another"]), ("TASK", ["car-loop"]),
+])  # fmt: skip
+def test_a_resumed_run_refuses_what_it_did_not_begin_with(name, arguments):
+    begun()
+    with pytest.raises(RunError, match=f"{name} is not what .*/run began with.*: leave out {name} or give the same"):
+        resumed(*arguments)
+
+
+def test_a_resumed_run_takes_what_it_began_with_and_other_steps():
+    begun()
+    Path("copy.toml").write_text(FAKE)
+    plain = resumed("fake.toml")
+    assert (plain.seed, plain.prior, plain.start, plain.spec.name) == (3, ("lap",), "older", "fake")
+    same = ["--seed", "3", "--preset", "full", "--set", "agent.gamma=0.9", "--prior", "lap", "--from", "older"]
+    assert resumed("copy.toml", *same) == plain
+    assert resumed("fake.toml", "--steps", "7").config.learner.steps == 7
 
 
 def test_an_actor_does_not_outlive_the_run_it_belongs_to():
