@@ -120,12 +120,12 @@ def make_course(
         centerline, width_m = np.asarray(driven.course.centerline), width or driven.course.width_m
         rates = {"hz": meta.hz, "episode_s": driven.episode_s}
     known = centerline if len(centerline) else None
-    chosen, radius = track.place_checkpoints(line, checkpoints, True, known, width_m or None)
+    chosen, radius = track.place_checkpoints(line, checkpoints, known, width_m or None)
     text = track.task_toml(centerline, width_m, chosen, radius, **rates)
     catalog.make_task(task.parse(text, out.stem, str(out)))  # what we write, we can read
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     return {
         "file": str(out), "checkpoints": len(chosen), "width_m": round(width_m, 3),
-        "length_m": round(track.Line.from_points(line, True).length, 2),
+        "length_m": round(track.Line(line, True).length, 2),
     }  # fmt: skip

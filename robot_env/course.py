@@ -65,9 +65,9 @@ class Course:
         points = np.asarray(spec.course.centerline) if spec.course.centerline else self._goals
         # a smooth line, without a centre line through the checkpoints
         if spec.course.centerline and np.linalg.norm(np.diff(points, axis=0), axis=1).max() > SPARSE_M:
-            straight = Line.from_points(points, spec.course.loop)  # as the walls are: a curve would leave them
+            straight = Line(points, spec.course.loop)  # as the walls are: a curve would leave them
             points = straight.at(np.arange(0.0, straight.length, LINE_STEP_M))
-        self.line = Line.from_points(resample(points, LINE_STEP_M, spec.course.loop), spec.course.loop)
+        self.line = Line(resample(points, LINE_STEP_M, spec.course.loop), spec.course.loop)
         self.start = (*map(float, self.line.at(0.0)), float(self.line.heading(0.0)))
         self._goal_s = np.array([self.line.project(g)[0] for g in self._goals])
         self._preview = np.asarray(PREVIEW_M)
@@ -81,7 +81,7 @@ class Course:
 
     def begin(self, reading: Reading) -> Progress:
         """The goal is the first checkpoint ahead along the course."""
-        s, _, _ = self.line.project(reading.values["pose"][:2])
+        s, _ = self.line.project(reading.values["pose"][:2])
         ahead = (self._goal_s - s) % self.line.length
         ahead[np.linalg.norm(self._goals - reading.values["pose"][:2], axis=1) < self._radii] = np.inf
         return Progress(goal=int(np.argmin(ahead)))
@@ -90,7 +90,7 @@ class Course:
         """Channels; checkpoint in the body frame (unit x, unit y, distance); the way ahead; previous action."""
         direction, distance = self._to_goal(progress.goal, reading)
         x, y, c, s = (float(v) for v in reading.values["pose"])
-        along, _, _ = self.line.project((x, y))
+        along, _ = self.line.project((x, y))
         ahead = self.line.at(along + self._preview) - (x, y)
         ahead = ahead @ np.array([[c, -s], [s, c]]) / PREVIEW_SCALE_M
         goal = (direction[0], direction[1], distance / GOAL_SCALE_M)
@@ -125,7 +125,7 @@ class Course:
 
     def spot(self, reading: Reading) -> tuple[float, float, float]:
         """Where a hand would set the car down: on the line, facing along it."""
-        s, _, _ = self.line.project(reading.values["pose"][:2])
+        s, _ = self.line.project(reading.values["pose"][:2])
         return (*map(float, self.line.at(s)), float(self.line.heading(s)))  # type: ignore[return-value]
 
     def in_hindsight(

@@ -32,9 +32,9 @@ class Pursuit:
         Coulter's arc touches the heading at the rear axle, half a wheelbase behind the pose.
         """
         x, y, cos, sin = (float(v) for v in pose)
-        s, offset, _ = self._line.project((x, y), self._along)
+        s, offset = self._line.project((x, y), self._along)
         if abs(offset) > 2 * self._lookahead:  # it was set down elsewhere
-            s, _, _ = self._line.project((x, y))
+            s, _ = self._line.project((x, y))
         self._along = s
         gx, gy = self._line.at(s + self._lookahead)
         dx, dy = gx - (x - cos * WHEELBASE_M / 2), gy - (y - sin * WHEELBASE_M / 2)

@@ -75,7 +75,7 @@ class DriveReset:
         """Angle to a point ahead on the line, heading error (rad, body frame), offset from the line (m)."""
         x, y, c, s = (float(v) for v in reading.values["pose"])
         heading = math.atan2(s, c)
-        along, offset, _ = self._line.project(np.array([x, y]))
+        along, offset = self._line.project(np.array([x, y]))
         target = self._line.at(along + LOOKAHEAD_M)
         angle = _wrap(math.atan2(target[1] - y, target[0] - x) - heading)
         return angle, _wrap(float(self._line.heading(along + LOOKAHEAD_M / 2)) - heading), float(offset)

@@ -155,7 +155,7 @@ def _check_inside(spec: TaskSpec, file: str) -> None:
     if not spec.course.centerline:
         return
     try:
-        line = Line.from_points(np.array(spec.course.centerline), spec.course.loop)
+        line = Line(np.array(spec.course.centerline), spec.course.loop)
     except TrackError as error:
         raise TaskError(f"{file}: course.centerline: {error}") from None
     free = spec.course.width_m / 2

@@ -6,7 +6,7 @@ Lengths in m, map frame. A closed line does not repeat its first point.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ THIN_M = 0.02  # less than this between two walls is no room for them
 WALL_STEP_M = 0.03  # spacing of the points walls are made of ...
 WALL_TOLERANCE_M = 0.01  # ... before they are thinned to this
 HEADING_M = 0.2
+NEAR_M = 2.0  # a neighbouring stretch that is no further along than this may be the own one
 STEP_M = 0.25  # spacing of a lap line
 SMOOTH_M = 0.3  # standard deviation of the smoothing of a driven lap
 LAP_M = 5.0  # shorter is no lap
@@ -30,19 +31,10 @@ class TrackError(ValueError):
     """A track that cannot be used: the message says where, why and what to do."""
 
 
-@dataclass(frozen=True, eq=False)
 class Line:
-    """A polyline to be followed. Build with `from_points`."""
+    """A polyline to be followed, through (n, 2) points; repeated ones are dropped. Raises TrackError below 2."""
 
-    points: np.ndarray  # (n, 2) m
-    loop: bool
-    along: np.ndarray  # (segments + 1,) m, travelled at the corners
-    length: float  # m, closing segment included in a loop
-    corners: np.ndarray  # (segments + 1, 2) m: the points, and in a loop the first one again
-
-    @classmethod
-    def from_points(cls, points: np.ndarray, loop: bool) -> Line:
-        """A line through (n, 2) points; repeated points are dropped. Raises TrackError below 2 points."""
+    def __init__(self, points: np.ndarray, loop: bool) -> None:
         points = np.asarray(points, np.float64)
         if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
             raise TrackError(f"a line is (n, 2) finite numbers in m, not an array of shape {points.shape}")
@@ -50,9 +42,11 @@ class Line:
         moved = np.hypot(*np.diff(corners, axis=0).T) > 1e-9
         if not moved.any():
             raise TrackError("a line needs at least 2 different points")
-        corners = np.vstack((corners[:1], corners[1:][moved]))
-        along = np.concatenate(([0.0], np.cumsum(np.hypot(*np.diff(corners, axis=0).T))))
-        return cls(corners[:-1] if loop else corners, loop, along, float(along[-1]), corners)
+        self.loop = loop
+        self.corners = np.vstack((corners[:1], corners[1:][moved]))  # the points, and in a loop the first one again
+        self.points = self.corners[:-1] if loop else self.corners
+        self.along = np.append(0.0, np.cumsum(np.hypot(*np.diff(self.corners, axis=0).T)))  # m, at the corners
+        self.length = float(self.along[-1])  # m, with the closing segment of a loop
 
     def at(self, s: float | np.ndarray) -> np.ndarray:
         """(..., 2) point at `s` m along; a loop wraps round, an open line stops at its ends."""
@@ -65,31 +59,28 @@ class Line:
         chord = self.at(s + HEADING_M) - self.at(s - HEADING_M + 1e-6)
         return np.arctan2(chord[..., 1], chord[..., 0])
 
-    def project(
-        self, point: np.ndarray | tuple[float, float], near: float | None = None, window_m: float = 2.0
-    ) -> tuple[float, float, int]:
-        """The nearest point of the line: (m along, m to the left of it, index of its segment).
+    def apart(self, s: np.ndarray, other: np.ndarray | float) -> np.ndarray:
+        """m along from `s` to `other`, in a loop the shorter way round."""
+        apart = np.abs(s - other)
+        return np.minimum(apart, self.length - apart) if self.loop else apart
 
-        With `near`, m along, what lies more than `window_m` along from there counts as further away, by half
-        of the difference.
+    def project(self, point: np.ndarray | tuple[float, float], near: float | None = None) -> tuple[float, float]:
+        """The nearest point of the line: (m along, m to the left of it).
+
+        With `near`, m along, what lies more than NEAR_M along from there counts as further away, by half of the
+        difference.
         """
         to, vectors, lengths = point - self.corners[:-1], np.diff(self.corners, axis=0), np.diff(self.along)
         t = ((to * vectors).sum(1) / lengths**2).clip(0.0, 1.0)
         off = np.hypot(*(to - t[:, None] * vectors).T)
         s = self.along[:-1] + t * lengths
-        cost = off
-        if near is not None:
-            apart = np.abs(s - near)
-            apart = np.minimum(apart, self.length - apart) if self.loop else apart
-            cost = off + np.maximum(apart - window_m, 0.0) / 2
-        i = int(cost.argmin())
+        apart = np.zeros_like(s) if near is None else self.apart(s, near)
+        i = int((off + np.maximum(apart - NEAR_M, 0.0) / 2).argmin())
         left = vectors[i, 0] * to[i, 1] - vectors[i, 1] * to[i, 0]
-        return float(s[i] % self.length if self.loop else s[i]), math.copysign(off[i], left), i
+        return float(s[i] % self.length if self.loop else s[i]), math.copysign(off[i], left)
 
 
-def read_csv(
-    path: str | Path, length_m: float | None = None, width_m: float | None = None
-) -> tuple[np.ndarray, float]:
+def read_csv(path: Path, length_m: float | None = None, width_m: float | None = None) -> tuple[np.ndarray, float]:
     """A centre line (n, 2) and its width from a race-track CSV, as `x_m, y_m, w_tr_right_m, w_tr_left_m`.
 
     Scaled so that the closed line is `length_m` long; the width is the scaled median unless given.
@@ -99,7 +90,7 @@ def read_csv(
         if value is not None and not 0 < value < math.inf:
             raise TrackError(f"{path}: the {name} must be a positive number of metres, not {value}")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TrackError(f"{path}: cannot be read as a centre-line CSV: {error}") from None
     names = ["x_m", "y_m"] + ["w_tr_right_m", "w_tr_left_m"] * (width_m is None)
@@ -122,14 +113,14 @@ def read_csv(
     if len({(x, y) for x, y, *_ in rows}) < 4:
         raise TrackError(f"{path}: {len(rows)} points; a closed track needs at least 4 different ones")
     table = np.array(rows)
-    track = Line.from_points(table[:, :2], True)
+    track = Line(table[:, :2], True)
     scale = (length_m or track.length) / track.length
     return track.points * scale, width_m or float(np.median(table[:, 2:].sum(axis=1))) * scale
 
 
 def resample(polyline: np.ndarray, spacing: float, loop: bool) -> np.ndarray:
     """(m, 2) evenly spaced points of a smooth curve through (n, 2): Catmull-Rom over chord lengths."""
-    line = Line.from_points(polyline, loop)
+    line = Line(polyline, loop)
     corners, along = line.corners, line.along[:, None]
     before, after = (-2, 1) if loop else (0, -1)  # the neighbours of the ends
     wrap = line.length if loop else 0.0
@@ -142,7 +133,7 @@ def resample(polyline: np.ndarray, spacing: float, loop: bool) -> np.ndarray:
     t = (s[:, None] - along[i]) / h
     chord = corners[i + 1] - corners[i]
     bend = (1 - t) * (h * tangents[i] - chord) - t * (h * tangents[i + 1] - chord)
-    curve = Line.from_points(corners[i] + t * chord + t * (1 - t) * bend, False)
+    curve = Line(corners[i] + t * chord + t * (1 - t) * bend, False)
     count = max(3 if loop else 1, round(curve.length / spacing))
     return curve.at(np.linspace(0.0, curve.length, count + (not loop), endpoint=not loop))
 
@@ -156,17 +147,15 @@ def walls(centerline: np.ndarray, width_m: float, loop: bool = True) -> list[np.
     """
     if not 0 < width_m < math.inf:
         raise TrackError(f"the width of a course must be a positive number of metres, not {width_m}")
-    line = Line.from_points(centerline, loop)
+    line = Line(centerline, loop)
     _refuse_joined(line, width_m)
     step = max(WALL_STEP_M, line.length / 10_000)
     back = line.points[::-1]
     runs: list[np.ndarray] = []
     for side in [line.points, back] if loop else [np.vstack((line.points, back[1:-1]))]:
         offset = _right_of(side, width_m / 2, step)
-        nearest = np.full(len(offset), np.inf)
-        for a, b in zip(line.corners[:-1], line.corners[1:], strict=True):
-            nearest = np.minimum(nearest, _off_chord(offset, a, b))
-        kept = offset[nearest > width_m / 2 - 1e-4]
+        clear = [_off_chord(offset, *chord) > width_m / 2 - 1e-4 for chord in pairwise(line.corners)]
+        kept = offset[np.all(clear, axis=0)]
         breaks = np.flatnonzero(np.hypot(*(np.roll(kept, -1, axis=0) - kept).T) > 4 * step)
         kept = np.roll(kept, -1 - breaks[0], axis=0) if len(breaks) else kept
         runs += [run for run in np.split(kept, breaks[1:] - breaks[:1]) if len(run) > 1]
@@ -178,9 +167,9 @@ def walls(centerline: np.ndarray, width_m: float, loop: bool = True) -> list[np.
         if following:
             runs.append(np.vstack((run, runs.pop(following - 1))))
         else:
-            closed.append(Line.from_points(run, True))
-    closed = [c for c in closed if c.length > 8 * step]  # less is no wall
-    return [_thin(c.corners)[:-1] for c in sorted(closed, key=lambda c: -c.length)]
+            closed.append(Line(run, True))
+    closed.sort(key=lambda wall: -wall.length)
+    return [_thin(wall.corners)[:-1] for wall in closed if wall.length > 8 * step]  # less is no wall
 
 
 def _right_of(closed: np.ndarray, radius: float, step: float) -> np.ndarray:
@@ -208,8 +197,7 @@ def _off_chord(points: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _thin(points: np.ndarray) -> np.ndarray:
     """Without the points within WALL_TOLERANCE_M of the rest (Douglas-Peucker)."""
-    closed = np.array_equal(points[0], points[-1])
-    off = np.hypot(*(points - points[0]).T) if closed else _off_chord(points, points[0], points[-1])
+    off = _off_chord(points, points[0], points[-1])
     k = int(off.argmax())
     if off[k] <= WALL_TOLERANCE_M:
         return points[[0, -1]]
@@ -219,14 +207,12 @@ def _thin(points: np.ndarray) -> np.ndarray:
 def _refuse_joined(line: Line, width_m: float) -> None:
     count = int(np.clip(math.ceil(line.length / 0.05), 16, 2000))
     s = np.linspace(0.0, line.length, count, endpoint=not line.loop)
-    apart = np.abs(s[:, None] - s)
-    apart = np.minimum(apart, line.length - apart) if line.loop else apart
-    x, y = line.at(s).T
-    gaps = np.hypot(x[:, None] - x, y[:, None] - y)
+    apart, points = line.apart(s[:, None], s), line.at(s)
+    gaps = np.hypot(*(points[:, None] - points).T)
     room, scale = width_m + THIN_M, 1.0
     far = np.where(apart > APART_M, gaps, np.inf)
-    worst = int(far.argmin())
-    gap = float(far.flat[worst])
+    i, j = divmod(int(far.argmin()), count)
+    gap = float(far[i, j])
     if gap >= room:
         return
     remedies = []
@@ -236,10 +222,9 @@ def _refuse_joined(line: Line, width_m: float) -> None:
         remedies.append(f"--length {math.ceil(scale * line.length)} or more")
     if gap - THIN_M >= 0.1:
         remedies.append(f"--width {math.floor(10 * (gap - THIN_M)) / 10:g} or less")
-    s1, s2 = s[[*divmod(worst, count)]]
-    (x1, y1), (x2, y2) = line.at(s1), line.at(s2)
+    (x1, y1), (x2, y2) = points[[i, j]]
     raise TrackError(
-        f"the course joins itself: at {s1:.1f} m along ({x1:.1f}, {y1:.1f}) and at {s2:.1f} m ({x2:.1f}, "
+        f"the course joins itself: at {s[i]:.1f} m along ({x1:.1f}, {y1:.1f}) and at {s[j]:.1f} m ({x2:.1f}, "
         f"{y2:.1f}) it is only {gap:.2f} m apart, too little for a width of {width_m:g} m; "
         f"use {' or '.join(remedies) or 'a track that does not cross itself'}"
     )
@@ -252,8 +237,8 @@ def find_loop(positions: np.ndarray, hz: float, close_m: float = RADIUS_M) -> tu
     A lap comes back to within `close_m` of where it began, going the same way, after 5 m or more.
     Raises TrackError when the drive never closes.
     """
-    kept = _moved(np.asarray(positions, np.float64), STEP_M)
-    points = np.asarray(positions, np.float64)[kept]
+    kept = _moved(positions, STEP_M)
+    points = positions[kept]
     if len(points) * STEP_M < LAP_M:
         raise TrackError(f"the drive is only {len(points) * STEP_M:.1f} m long; drive a whole lap and a bit")
     ways = np.diff(points, axis=0, append=points[-1:] * 2 - points[-2:-1])
@@ -277,20 +262,19 @@ def find_loop(positions: np.ndarray, hz: float, close_m: float = RADIUS_M) -> tu
     return int(start), int(stop)
 
 
-def lap_line(lap: np.ndarray, spacing: float = STEP_M) -> np.ndarray:
-    """(m, 2) evenly spaced, smoothed closed line of one lap of noisy positions (n, 2) from `find_loop`."""
-    lap = np.asarray(lap, np.float64)
+def lap_line(lap: np.ndarray) -> np.ndarray:
+    """(m, 2) points STEP_M apart, the smoothed closed line of one lap of noisy positions (n, 2) from `find_loop`."""
     lap = lap[_moved(lap, 0.05)]
     if len(lap) < 8:
         raise TrackError(f"a lap of {len(lap)} positions is too short to follow")
     # the end meets the start over the last quarter, not with a step
     blend = np.linspace(-3.0, 1.0, len(lap)).clip(0.0, 1.0)[:, None]
-    line = Line.from_points(lap + blend * (lap[0] - lap[-1]), True)
+    line = Line(lap + blend * (lap[0] - lap[-1]), True)
     count = max(16, round(line.length / 0.05))
     x, y = line.at(np.arange(count) * (line.length / count)).T
     low_pass = np.exp(-2.0 * (math.pi * SMOOTH_M * np.fft.fftfreq(count, line.length / count)) ** 2)
     smooth = np.fft.ifft(np.fft.fft(x + 1j * y) * low_pass)
-    return resample(np.stack((smooth.real, smooth.imag), axis=1), spacing, True)
+    return resample(np.stack((smooth.real, smooth.imag), axis=1), STEP_M, True)
 
 
 def _moved(positions: np.ndarray, step_m: float) -> np.ndarray:
@@ -304,10 +288,9 @@ def _moved(positions: np.ndarray, step_m: float) -> np.ndarray:
 
 
 def place_checkpoints(
-    line: np.ndarray, count: int | None = None, loop: bool = True,
-    centerline: np.ndarray | None = None, width_m: float | None = None,
-) -> tuple[np.ndarray, float]:  # fmt: skip
-    """Checkpoints (c, 2) on a driven line (n, 2), in order, and their radius in m.
+    line: np.ndarray, count: int | None = None, centerline: np.ndarray | None = None, width_m: float | None = None
+) -> tuple[np.ndarray, float]:
+    """Checkpoints (c, 2) on a closed driven line (n, 2), in order, and their radius in m.
 
     Placed by dynamic programming such that the way straight to the next one keeps to the driven line. The
     first lies ahead of the start (of the centre line, where there is one). Without `count` there are 4 to 8,
@@ -315,12 +298,12 @@ def place_checkpoints(
     """
     if count is not None and not 2 <= count <= 50:
         raise TrackError(f"{count} checkpoints; a course takes 2 to 50, and 4 to 8 are usual")
-    driven = Line.from_points(line, loop)
-    middle = driven if centerline is None else Line.from_points(centerline, loop)
+    driven = Line(line, True)
+    middle = driven if centerline is None else Line(centerline, True)
     count = count or int(np.clip(driven.length / CHECKPOINT_EVERY_M, *CHECKPOINTS))
     radius = RADIUS_M if width_m is None else width_m / 2 + MARGIN_M
     step = driven.length / PLACES
-    points = driven.at(step * np.arange(2 * PLACES if loop else PLACES + 1))  # of a loop two rounds
+    points = driven.at(step * np.arange(2 * PLACES))  # two rounds
     cost = np.full((len(points), len(points)), np.inf)
     nearest = math.ceil(min(2 * radius, driven.length / (2 * count)) / step)  # no two closer than this
     for i in range(len(points) - 1):
@@ -328,12 +311,10 @@ def place_checkpoints(
         t = (to.T @ to / np.maximum((to**2).sum(0), 1e-9)).clip(0.0, 1.0)  # (place, end)
         off = np.triu(np.hypot(*(to[:, :, None] - t * to[:, None, :])))
         cost[i, i + nearest : i + PLACES + 1] = (off**4).sum(0)[nearest - 1 :]
-    _, places = min(_cheapest(cost, count, first) for first in range(PLACES if loop else 1))
+    _, places = min(_cheapest(cost, count, first) for first in range(PLACES))
     s = step * np.array(places[1:])
-    if loop:
-        ahead_of_start = (s - driven.project(middle.points[0])[0] - radius) % driven.length
-        s = np.roll(s, -int(ahead_of_start.argmin()))
-    chosen = driven.at(s)
+    ahead_of_start = (s - driven.project(middle.points[0])[0] - radius) % driven.length
+    chosen = driven.at(np.roll(s, -int(ahead_of_start.argmin())))
     if width_m is not None:  # off the middle, the further wall is further away
         radius += max(abs(middle.project(p)[1]) for p in chosen)
     return chosen, math.ceil(20 * radius - 1e-6) / 20

@@ -16,7 +16,7 @@ WHEELBASE = 0.2965
 def loop() -> Line:
     a = np.linspace(0, 2 * np.pi, 2000, endpoint=False)
     r = 7 + 2 * np.sin(3 * a) + 0.8 * np.cos(4 * a)
-    return Line.from_points(track.resample(np.stack((r * np.cos(a), r * np.sin(a)), axis=1), 0.5, True), True)
+    return Line(track.resample(np.stack((r * np.cos(a), r * np.sin(a)), axis=1), 0.5, True), True)
 
 
 def drive(pursuit: Pursuit, x: float, y: float, heading: float, seconds: float) -> np.ndarray:
@@ -57,19 +57,19 @@ def test_it_comes_back_to_the_line_from_any_heading():
 def test_steering_is_coulters_arc():
     """On a circle the arc through the look-ahead point is the circle: tan(steering) = wheelbase / radius."""
     a = np.linspace(0, 2 * np.pi, 2000, endpoint=False)
-    line = Line.from_points(3.0 * np.stack((np.cos(a), np.sin(a)), axis=1), True)
+    line = Line(3.0 * np.stack((np.cos(a), np.sin(a)), axis=1), True)
     pose = np.array([3.0, WHEELBASE / 2, 0.0, 1.0])  # rear axle on the line
     speed, steering = Pursuit(line, 1.5, 0.8).act(pose)
     assert speed == 1.5
     assert math.tan(steering) == pytest.approx(WHEELBASE / 3.0, rel=1e-3)
-    tight = Pursuit(Line.from_points(line.points * 0.1, True), 1.0, 0.4).act(pose * [0.1, 1, 1, 1])
+    tight = Pursuit(Line(line.points * 0.1, True), 1.0, 0.4).act(pose * [0.1, 1, 1, 1])
     assert tight[1] == 0.38  # at its limit, left
 
 
 def test_it_does_not_jump_to_a_neighbouring_stretch():
     a = np.linspace(-np.pi / 2, np.pi / 2, 40)
     arc = 0.8 * np.stack((np.cos(a), np.sin(a)), axis=1)
-    line = Line.from_points(track.resample(np.vstack((arc + [20.0, 0.0], -arc)), 0.25, True), True)
+    line = Line(track.resample(np.vstack((arc + [20.0, 0.0], -arc)), 0.25, True), True)
     pursuit = Pursuit(line, 1.0, 0.8)
     pursuit.act(np.array([10.0, -0.8, 1.0, 0.0]))  # eastwards on the southern leg
     _, steering = pursuit.act(np.array([10.1, 0.1, 1.0, 0.0]))  # pushed over, nearer to the northern leg

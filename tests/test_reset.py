@@ -19,7 +19,7 @@ POSES = 40
 
 
 def straight(flipped: bool = False) -> DriveReset:
-    line = Line.from_points(np.array([[0.0, 0.0], [100.0, 0.0]]), False)
+    line = Line(np.array([[0.0, 0.0], [100.0, 0.0]]), False)
     return DriveReset(COMMAND, line, 1.5, 10.0, flipped)
 
 
