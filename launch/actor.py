@@ -22,7 +22,6 @@ from ..robot_env.gym_env import GymEnv
 from ..robot_env.record import Record, encode
 from . import catalog
 from .evaluate import practise
-from .folder import stream_meta
 from .onboard import Policy
 from .transport import ActorLink
 from .wire import WireError
@@ -146,7 +145,7 @@ def serve(
                 env.auto_reset = bool(orders["auto_reset"])
             if view:
                 start_view(env)
-            link.begin(stream_meta(spec))
+            link.begin(catalog.stream_meta(spec))
             lockstep = not (real or realtime)
             pilot = Pilot(env, link, stopped, orders["policy"], int(orders["random_steps"]), seed, lockstep)
             with suppress(Leave):

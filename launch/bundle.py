@@ -65,7 +65,7 @@ def export(
         "version": onboard.VERSION,
         **_declared(task),
         "gate": _fields(catalog.limits(task)),
-        "task": task.text or task.name,
+        "task": task.text,
         "from": dict(origin),
         "policies": {name: dict(trained.spec) for name, trained in policies.items()},
         "checked": checked,

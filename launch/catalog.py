@@ -15,6 +15,7 @@ from ..drivers.base import Channel, Command, DriverError
 from ..robot_env import gym_env, task
 from ..robot_env.env import RobotEnv
 from ..robot_env.rate import Rate
+from ..robot_env.record import Meta
 from ..robot_env.safety import Gate, Limits, SafetyError
 from ..robot_env.task import Task, TaskError, TaskSpec
 
@@ -87,6 +88,12 @@ def declaration(spec: TaskSpec) -> tuple[tuple[Channel, ...], Command]:
         return found
     module = import_module(row(spec.robot).declaration)
     return module.CHANNELS, module.COMMAND
+
+
+def stream_meta(spec: TaskSpec) -> Meta:
+    """What a new stream of records says of itself."""
+    channels, command = declaration(spec)
+    return Meta.of(robot=spec.robot, task=spec.text, hz=spec.hz, channels=channels, command=command)
 
 
 def limits(spec: TaskSpec) -> Limits:

@@ -13,7 +13,7 @@ from ..robot_env.gym_env import GymEnv
 from ..robot_env.task import Task, TaskError, shipped
 from . import catalog, config, onboard
 from . import evaluate as evaluation
-from .folder import RunError, new_folder
+from .config import RunError, new_folder
 
 Said = tuple[str, dict[str, Any]]
 LAPS = 5  # driven by eval and drive unless told otherwise

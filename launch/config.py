@@ -1,4 +1,5 @@
-"""Every number a training run is decided by: presets stacked left to right, then `--set`, checked and saved.
+"""Every number a training run is decided by: presets stacked left to right, then `--set`, checked and saved,
+and the run's folder, which says so.
 
 Order, the later wins: `full` (as published), then each preset named by the user; within a preset its tables
 `[agent] [learner] [actor]`, then `[family.<kind of task>...]`; last `--set section.key=value`. What `[agent]`
@@ -12,7 +13,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
@@ -35,6 +36,10 @@ _SPOKEN = {
 
 class ConfigError(ValueError):
     """A setting that cannot be used: the message names source, key and the valid choices."""
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used; the message says which, why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +174,6 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     return value  # a plug-in's own type: its Config checks it
 
 
-def with_steps(config: Config, steps: int) -> Config:
-    """The same settings for another length of training (`--steps`)."""
-    return replace(config, learner=replace(config.learner, steps=steps))
-
-
 def dump(config: Config, **run: Any) -> str:
     """`config.toml`: the settings, the git revision, and what else was decided (task, seed: TOML scalars)."""
     origin = {"format": RUN_FORMAT, "git": revision(), "preset": config.preset, "family": config.family}
@@ -227,3 +227,22 @@ def revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return answer.stdout.strip()
+
+
+def new_folder(parent: str, name: str) -> Path:
+    """The first of parent/name-1, -2, … that is free."""
+    for n in range(1, 100_000):
+        path = Path(parent) / f"{name}-{n}"
+        if not path.exists():
+            return path
+    raise RunError(f"{parent} has too many folders called {name}-N; remove some or give --out")
+
+
+def point_latest(folder: Path) -> None:
+    """Make runs/latest point to the newest run, where it lies in a folder called runs."""
+    link = Path("runs") / "latest"
+    link.parent.mkdir(exist_ok=True)
+    fresh = link.with_name(f".latest-{folder.name}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.resolve())
+    fresh.replace(link)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..robot_env.env import RobotEnv
 from . import catalog, config, evaluate, onboard, teach
-from .folder import RunError
+from .config import RunError
 from .freeze import freeze
 from .learner import Job
 from .run import train
@@ -33,7 +33,7 @@ def car(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
 
     say("3/5 training in the twin")
     spec = catalog.load_spec(str(course))
-    settings = config.with_steps(config.load("cpu", spec.kind), STEPS)
+    settings = config.load("cpu", spec.kind, [f"learner.steps={STEPS}"])
     trained = train(Job(spec, settings, run, seed, prior=(str(lap),)), [])
     if trained["steps"] < STEPS:
         raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {course} --resume --out {run}`")

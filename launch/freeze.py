@@ -11,7 +11,7 @@ import numpy as np
 from ..robot_env.record import read_streams
 from ..robot_env.sample import samples
 from . import bundle, catalog, config
-from .folder import RunError
+from .config import RunError
 from .trainer import Trainer
 
 

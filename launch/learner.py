@@ -12,7 +12,6 @@ from typing import Any
 from ..robot_env.record import Meta, Record, SegmentWriter, read_recording, read_streams
 from ..robot_env.task import TaskSpec
 from . import catalog, config
-from .folder import stream_meta
 from .log import Log
 from .trainer import Trainer
 from .transport import LearnerLink
@@ -80,7 +79,7 @@ class Learner:
             "random_steps": 0 if len(self.trainer.prior) else job.config.actor.random_steps,
             "auto_reset": job.config.actor.auto_reset,
         }  # fmt: skip
-        self.link = LearnerLink(job.bind, stream_meta(job.spec), welcome, self.journal, expected)
+        self.link = LearnerLink(job.bind, catalog.stream_meta(job.spec), welcome, self.journal, expected)
         self.log.note("compiling the update")
         self.trainer.warm_up()  # actors may connect meanwhile; they wait for the first weights
         self._publish()

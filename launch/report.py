@@ -21,7 +21,7 @@ from ..robot_env.gym_env import PREFIX
 from ..robot_env.record import SOURCES, Meta, Record, RecordError, read_recording
 from ..robot_env.task import TaskError
 from . import catalog, config
-from .folder import RunError
+from .config import RunError
 from .log import read_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")

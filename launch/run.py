@@ -12,7 +12,7 @@ from typing import Any
 
 from . import catalog, config
 from .actor import stoppable
-from .folder import RunError, new_folder, point_latest
+from .config import RunError
 from .learner import Job, Learner
 from .log import Log
 
@@ -22,16 +22,17 @@ ACTOR_ENDED = "the actor ended"
 
 def job_of(options: Any) -> Job:
     """The learner's job from the command line. Everything that can be wrong is said before anything starts."""
+    steps = [] if options.steps is None else [f"learner.steps={options.steps}"]
     if options.resume:
         folder = Path(options.out or "runs/latest").resolve()
-        settings, facts = config.read(folder)
+        settings, facts = config.read(folder, steps)
         spec, seed = catalog.spec_of(facts["task"], facts["name"]), facts["seed"]
         prior, start = facts["prior"], facts["from"]
         asked: dict[str, tuple[Any, Any, Any]] = {  # now, where nothing is asked for, when the run began
             "TASK": (catalog.load_spec(options.task).text, None, spec.text),
             "--seed": (options.seed, 0, seed),
             "--preset": (options.preset, "cpu", settings.preset),
-            "--set": (config.read(folder, options.set)[0], None, settings),
+            "--set": (config.read(folder, [*options.set, *steps])[0], None, settings),
             "--prior": (options.prior, [], prior),
             "--from": (options.start, "", start),
         }
@@ -41,12 +42,10 @@ def job_of(options: Any) -> Job:
                 raise RunError(f"{how}: leave out {name} or give the same, or leave out --resume")
     else:
         spec, seed, prior, start = catalog.load_spec(options.task), options.seed, options.prior, options.start
-        settings = config.load(options.preset, spec.kind, options.set)
-        folder = Path(options.out) if options.out else new_folder("runs", spec.name.replace(":", "-"))
+        settings = config.load(options.preset, spec.kind, [*options.set, *steps])
+        folder = Path(options.out) if options.out else config.new_folder("runs", spec.name.replace(":", "-"))
         if (folder / "config.toml").exists():
             raise RunError(f"{folder} holds a run already; go on with it by --resume, or choose another --out")
-    if options.steps is not None:
-        settings = config.with_steps(settings, options.steps)
     if spec.hindsight and settings.agent.get("n_step", 1) > 1:
         raise config.ConfigError("task.hindsight needs agent.n_step = 1: goals drawn again reward one step")
     bind = options.bind or "tcp://127.0.0.1:*"
@@ -68,7 +67,7 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
             learner = Learner(job, log)
             if not job.resume:  # only now is the folder's name taken
                 _save_config(job)
-                point_latest(job.folder)
+                config.point_latest(job.folder)
             log.note(f"run {job.folder}, learner at {learner.link.address}")
             if actor is not None and learner.trainer.steps < job.config.learner.steps:
                 child = _spawn_actor(learner.link.address, actor, cores)

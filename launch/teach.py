@@ -16,7 +16,6 @@ from ..robot_env import record, task, track
 from ..robot_env.env import RobotEnv
 from . import catalog
 from .evaluate import Tally, practise, pursuit
-from .folder import stream_meta
 
 LOOKAHEAD_M = 0.8  # of the scripted driver
 WANDER_RAD = 0.15  # steering noise of a script of quality 0
@@ -79,7 +78,7 @@ def record_laps(
     if out.exists():
         raise record.RecordError(f"{out} is already there; choose another --out")
     tally, overlap = Tally(env), 0.0
-    with closing(record.SegmentWriter(out, stream_meta(env.task.spec))) as writer:
+    with closing(record.SegmentWriter(out, catalog.stream_meta(env.task.spec))) as writer:
 
         def keep(made: record.Record) -> None:
             nonlocal overlap

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tether.launch import catalog, cli, config
-from tether.launch.folder import RunError
+from tether.launch.config import RunError
 from tether.robot_env.record import Record, read_streams
 
 jax = pytest.importorskip("jax")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tether.drivers.base import Reading
 from tether.launch import cli, config, report
-from tether.launch.folder import RunError
+from tether.launch.config import RunError
 from tether.robot_env.record import Meta, Record, SegmentWriter
 
 HZ = 10.0
@@ -44,7 +44,7 @@ def make_run(folder: Path, task: str = TASK, name: str = "ring", steps: int = 40
     """A run folder without anything driven yet."""
     folder.mkdir(parents=True)
     kind = "gym" if task.startswith("gym:") else "course"
-    settings = config.with_steps(config.load("cpu", kind), steps)
+    settings = config.load("cpu", kind, [f"learner.steps={steps}"])
     known = {"task": task, "name": name, "seed": 3, "prior": [], "from": ""} | facts
     (folder / "config.toml").write_text(config.dump(settings, **known))
     return folder
