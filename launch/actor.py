@@ -11,12 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 
-from ..drivers.base import DriverError, Twin
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
 from ..robot_env.record import Record, encode
@@ -140,11 +138,9 @@ def serve(
             if task is not None and catalog.load_spec(task).text != spec.text:
                 raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
             seed = int(orders["seed"]) if seed is None else seed
-            env = catalog.make_env(catalog.make_task(spec), real, seed, realtime)
+            env = catalog.make_env(catalog.make_task(spec), real, seed, realtime, view)
             if isinstance(env, RobotEnv):
                 env.auto_reset = bool(orders["auto_reset"])
-            if view:
-                start_view(env)
             link.begin(catalog.stream_meta(spec))
             lockstep = not (real or realtime)
             pilot = Pilot(env, link, stopped, orders["policy"], int(orders["random_steps"]), seed, lockstep)
@@ -158,12 +154,3 @@ def serve(
         left = link.close()
         if left:
             print(f"actor: {left} records were not delivered", file=sys.stderr)
-
-
-def start_view(env: RobotEnv | GymEnv) -> None:
-    """Open MuJoCo's viewer on a twin. Raises DriverError where there is no display or no twin."""
-    robot = getattr(env, "robot", None)
-    if not isinstance(robot, Twin):
-        raise DriverError("--view shows twins; this is not one")
-    viewer = resolve_name("tether.sim.render:view")(robot)
-    env.on_record.append(lambda record: viewer.sync())

@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
-from ..drivers.base import Channel, Command, DriverError
+from ..drivers.base import Channel, Command, DriverError, Twin
 from ..robot_env import gym_env, task
 from ..robot_env.env import RobotEnv
 from ..robot_env.rate import Rate
@@ -113,15 +113,17 @@ def make_task(spec: TaskSpec) -> Task:
 
 
 def make_env(
-    task: Task, real: bool = False, seed: int = 0, realtime: bool = False
+    task: Task, real: bool = False, seed: int = 0, realtime: bool = False, view: bool = False
 ) -> RobotEnv | gym_env.GymEnv:
     """The environment an actor drives: a robot (the twin, or with `real` the hardware) behind its gate, or a
-    Gymnasium environment. Raises DriverError where there is no driver.
+    Gymnasium environment. `view` opens MuJoCo's viewer on a twin.
+
+    Raises DriverError where there is no driver, no twin to view or no display.
     """
     spec = task.spec
     if spec.kind == "gym":
-        if real:
-            raise DriverError(f"{spec.name} is not a robot; leave out --real")
+        if real or view:
+            raise DriverError(f"{spec.name} is not a robot; leave out --real and --view")
         env = gym_env.make(spec.robot)
         return gym_env.GymEnv(task, env, gym_env.declare(env, spec.hz)[1])  # type: ignore[arg-type]
     entry = row(spec.robot)
@@ -130,4 +132,10 @@ def make_env(
         raise DriverError(f"robot {spec.robot} has no hardware driver yet; leave out --real to use its twin")
     make = resolve_name(where)
     robot = make() if real else make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime)
-    return RobotEnv(robot, task, Gate(robot.command, limits(spec)), Rate(spec.hz, robot.now, robot.sleep))
+    env = RobotEnv(robot, task, Gate(robot.command, limits(spec)), Rate(spec.hz, robot.now, robot.sleep))
+    if view:
+        if not isinstance(robot, Twin):
+            raise DriverError("--view shows twins; leave it out with --real")
+        viewer = resolve_name("tether.sim.render:view")(robot)
+        env.on_record.append(lambda record: viewer.sync())
+    return env

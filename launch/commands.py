@@ -50,7 +50,7 @@ def record(options: Namespace) -> Said:
         raise TaskError(f"{options.task}: only courses can be recorded")
     out = Path(options.out) if options.out else new_folder("recordings", task.spec.name)
     options.realtime |= options.teleop != "script"
-    env = _env(options, task, options.real)
+    env = _env(options, task)
     with teach.teacher(options.teleop, env, options.speed, options.quality, options.seed) as driver:
         result = teach.record_laps(env, driver, options.laps, out, options.seed, _progress)
     return "{laps} laps, {steps} steps in {file}".format(**result), result
@@ -93,7 +93,7 @@ def drive(options: Namespace) -> Said:
     name = str(bundle.spec["from"].get("task", "bundle"))
     spec = catalog.load_spec(options.task) if options.task else catalog.spec_of(bundle.spec["task"], name)
     check_robot(bundle, spec)
-    env = _env(options, catalog.make_task(spec), options.real)
+    env = _env(options, catalog.make_task(spec))
     return _drive(options, env, bundle.policies["task"].act)
 
 
@@ -137,13 +137,8 @@ def catalog_list(options: Namespace) -> Said:
     return "\n".join("\n  ".join([title, *names]) for title, names in tables.items()), {}
 
 
-def _env(options: Namespace, task: Task, real: bool = False) -> Any:
-    env = catalog.make_env(task, real, options.seed, options.realtime)
-    if options.view:
-        from .actor import start_view
-
-        start_view(env)
-    return env
+def _env(options: Namespace, task: Task) -> Any:
+    return catalog.make_env(task, options.real, options.seed, options.realtime, options.view)
 
 
 def _pursue(options: Namespace) -> Said:
