@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
-from .observe import Observer
 from .reset import DriveReset
-from .task import Outcome, TaskError, TaskSpec
+from .task import Observer, Outcome, TaskError, TaskSpec
 from .track import Line, resample, walls
 
 GOAL_SCALE_M = 5.0  # divides the distance to the checkpoint in the observation
@@ -70,7 +68,6 @@ class Course:
         self.line = Line(resample(points, LINE_STEP_M, spec.course.loop), spec.course.loop)
         self.start = (*map(float, self.line.at(0.0)), float(self.line.heading(0.0)))
         self._goal_s = np.array([self.line.project(g)[0] for g in self._goals])
-        self._preview = np.asarray(PREVIEW_M)
         self.rest = command.to_action(np.asarray(command.safe))
         self.observation_size = self._observer.size + 3 + 2 * len(PREVIEW_M) + command.size
 
@@ -88,12 +85,11 @@ class Course:
 
     def observe(self, progress: Progress, reading: Reading, action: np.ndarray) -> np.ndarray:
         """Channels; checkpoint in the body frame (unit x, unit y, distance); the way ahead; previous action."""
-        direction, distance = self._to_goal(progress.goal, reading)
         x, y, c, s = (float(v) for v in reading.values["pose"])
         along, _ = self.line.project((x, y))
-        ahead = self.line.at(along + self._preview) - (x, y)
+        ahead = self.line.at(along + np.asarray(PREVIEW_M)) - (x, y)
         ahead = ahead @ np.array([[c, -s], [s, c]]) / PREVIEW_SCALE_M
-        goal = (direction[0], direction[1], distance / GOAL_SCALE_M)
+        goal = self._to_goal(progress, reading)
         parts = [self._observer(reading), goal, ahead.ravel(), np.clip(action, -1, 1)]
         return np.concatenate(parts).astype(np.float32)
 
@@ -104,17 +100,16 @@ class Course:
         terminates; being stuck truncates.
         """
         events: dict[str, float] = {}
-        direction, distance = self._to_goal(progress.goal, reading)
-        reward = float(reading.values["velocity"][:2] @ direction)
+        ahead, left, distance = self._to_goal(progress, reading)
+        reward = float(reading.values["velocity"][:2] @ np.array([ahead, left]))
         trouble = self._trouble(progress, reading)
         if trouble:
             events[trouble] = 1.0
-            shock = float(reading.values["shock"][0])
-            reward -= FAIL_PENALTY + min(max(shock / 5.0, 0.0), 5.0)
+            reward -= FAIL_PENALTY + min(max(float(reading.values["shock"][0]) / 5.0, 0.0), 5.0)
             progress.lap_clean = False
             progress.trail.clear()
             progress.tipped = 0
-        if distance < self._radii[progress.goal]:
+        if distance * GOAL_SCALE_M < self._radii[progress.goal]:
             self._reach(progress, reading, events)
         return Outcome(reward, trouble in ("collision", "flip"), trouble == "stuck", events, reset=bool(trouble))
 
@@ -153,14 +148,10 @@ class Course:
     def _decode(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n, 4) pose and (n, 2) velocity of (n, o) observations."""
         raw = obs[:, : self._observer.size] * self._observer.scale
-        return raw[:, self._observer.slices["pose"]], raw[:, self._observer.slices["velocity"]]
+        return raw[:, self._observer.places["pose"]], raw[:, self._observer.places["velocity"]]
 
-    def _to_goal(self, goal: int, reading: Reading) -> tuple[np.ndarray, float]:
-        x, y, c, s = (float(v) for v in reading.values["pose"])
-        dx, dy = self._goals[goal, 0] - x, self._goals[goal, 1] - y
-        distance = math.hypot(dx, dy)
-        scale = 1.0 / max(distance * math.hypot(c, s), 1e-6)
-        return np.array([(c * dx + s * dy) * scale, (c * dy - s * dx) * scale]), distance
+    def _to_goal(self, progress: Progress, reading: Reading) -> np.ndarray:
+        return _relative(reading.values["pose"][None].astype(np.float64), self._goals[progress.goal])[0]
 
     def _reach(self, progress: Progress, reading: Reading, events: dict[str, float]) -> None:
         if progress.goal == 0:

@@ -18,7 +18,26 @@ from .task import Outcome, Task
 GENTLE = Outcome(0.0, False, False, {})
 
 
-class RobotEnv(gymnasium.Env):
+class RecordingEnv(gymnasium.Env):
+    """Numbers its steps, and gives a Record of each to everyone in `on_record`."""
+
+    def __init__(self) -> None:
+        self.on_record: list[Callable[[Record], None]] = []
+        self.source = "policy"  # who the next wishes come from
+        self.version = 0  # of the weights the next wishes come from
+        self._seq = 0
+
+    def _emit(self, now: float, reading: Reading, action: np.ndarray | None, outcome: Outcome, source: str) -> None:
+        self._seq += 1
+        ended = outcome.terminated, outcome.truncated
+        record = Record(
+            self._seq, now, reading, action, outcome.reward, *ended, source, self.version, outcome.events
+        )
+        for observer in self.on_record:
+            observer(record)
+
+
+class RobotEnv(RecordingEnv):
     """A gymnasium.Env over a robot. Never subclassed; twin or hardware is which `robot` it is given.
 
     Every tick, resets included, makes one Record for `on_record`, and every segment ends with a
@@ -30,37 +49,22 @@ class RobotEnv(gymnasium.Env):
     metadata: dict[str, Any] = {"render_modes": []}
 
     def __init__(self, robot: Robot, task: Task, gate: Gate, rate: Rate) -> None:
+        super().__init__()
         self.robot, self.task, self.gate, self.rate = robot, task, gate, rate
-        self.on_record: list[Callable[[Record], None]] = []
         self.events: Callable[[], tuple[str, ...]] = tuple  # gate events, e.g. from an e-stop button
-        self.source = "policy"  # who the next wishes come from
-        self.version = 0  # of the weights the next wishes come from
         self.auto_reset = True  # off only to show what practice without it is worth
         n = robot.command.size
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (n,), np.float32)
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.observation_size,), np.float32)
         self.action = np.zeros(n, np.float32)  # executed last
-        self._seq = 0
+        self.reading: Reading  # the newest
         self._open = False
-        self._reading: Reading
         self._progress: Any = None
         self._outcome = GENTLE
         self._segment = 0  # ticks since the segment began
         self._limit = max(1, round(task.spec.episode_s * task.spec.hz))
 
-    @property
-    def progress(self) -> Any:
-        """The task's progress on the stream so far."""
-        return self._progress
-
-    @property
-    def reading(self) -> Reading:
-        """The newest reading."""
-        return self._reading
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Make the robot able to try again, by its own motion. Returns (observation, info)."""
         super().reset(seed=seed)
         self._refuse_when_latched()
@@ -98,73 +102,57 @@ class RobotEnv(gymnasium.Env):
             self.robot.close()
 
     def _start(self, seed: int | None) -> None:
-        if not self._open:
+        first = not self._open
+        if first:
             self.robot.open()
             self._open = True
-            if isinstance(self.robot, Twin):
-                self.robot.place(self.task.start)  # the first placement; a real robot is carried there
-        elif seed is not None and isinstance(self.robot, Twin):
+        if isinstance(self.robot, Twin) and (first or seed is not None):  # a real robot is carried there
             if self._segment:
-                self._outcome = Outcome(0.0, False, True, {})
                 self._end_segment()
             self.robot.place(self.task.start)
             self._progress, self._outcome = None, GENTLE
         if self._progress is None:
             self.rate.restart()
-            self._reading = self.robot.read()
-            self._progress = self.task.begin(self._reading)
+            self.reading = self.robot.read()
+            self._progress = self.task.begin(self.reading)
             self.action = self.task.rest
-            self.gate.step(self.robot.now(), self._reading, None, ("arm",))
+            self.gate.step(self.robot.now(), self.reading, None, ("arm",))
 
     def _tick(self, wish: np.ndarray, source: str) -> tuple[Outcome, dict[str, Any]]:
-        now, reading = self.robot.now(), self._reading
+        now, reading = self.robot.now(), self.reading
         command, state, faults = self.gate.step(now, reading, wish, self.events())
         self.robot.write(command)
         self.action = self.robot.command.to_action(command)
         self.rate.wait()
-        self._reading = self.robot.read()
-        outcome = self.task.advance(self._progress, self.action, self._reading)
+        self.reading = self.robot.read()
+        outcome = self.task.advance(self._progress, self.action, self.reading)
         self._segment += 1
         if source == "reset":  # a reset is not judged
             outcome = Outcome(outcome.reward, False, False, outcome.events)
         else:
             over = self._segment >= self._limit or state == ESTOP
             truncated = not outcome.terminated and (outcome.truncated or over)
-            outcome = replace(outcome, truncated=truncated)
-            self._outcome = outcome
+            self._outcome = outcome = replace(outcome, truncated=truncated)
         events = outcome.events | {f"gate_{fault}": 1.0 for fault in faults}
-        self._emit(now, reading, self.action, outcome, source, events)
+        self._emit(now, reading, self.action, replace(outcome, events=events), source)
         return outcome, {"executed": self.action, "gate": state, "faults": faults, **outcome.events}
 
-    def _emit(
-        self, now: float, reading: Reading, action: np.ndarray | None, outcome: Outcome, source: str,
-        events: dict[str, float],
-    ) -> None:
-        self._seq += 1
-        record = Record(
-            seq=self._seq, time=now, reading=reading, action=action, reward=outcome.reward,
-            terminated=outcome.terminated, truncated=outcome.truncated, source=source,
-            version=self.version, events=events,
-        )
-        for observer in self.on_record:
-            observer(record)
-
     def _end_segment(self, events: dict[str, float] | None = None) -> None:
-        self._emit(self.robot.now(), self._reading, None, GENTLE, self.source, events or {})
+        self._emit(self.robot.now(), self.reading, None, replace(GENTLE, events=events or {}), self.source)
         self._segment = 0
 
     def _recover(self) -> None:
-        recovery = self.task.recover(self.robot.command, self._reading, self._outcome)
+        recovery = self.task.recover(self.robot.command, self.reading, self._outcome)
         events: dict[str, float] = {"reset": 1.0}
         while True:
             if recovery.needs_hand:
                 events["intervention"] = 1.0
                 if isinstance(self.robot, Twin):  # only a twin is set on its wheels; a real robot waits
                     self.robot.stop()
-                    self.robot.place(self.task.spot(self._reading))
-                    self._reading = self.robot.read()
+                    self.robot.place(self.task.spot(self.reading))
+                    self.reading = self.robot.read()
                     break
-            wish = recovery.wish(self._reading)
+            wish = recovery.wish(self.reading)
             if wish is None:
                 break
             self._tick(wish, "reset")
@@ -176,4 +164,4 @@ class RobotEnv(gymnasium.Env):
             raise SafetyError("the e-stop is latched: make the robot safe, then clear the gate")
 
     def _observe(self) -> np.ndarray:
-        return self.task.observe(self._progress, self._reading, self.action)
+        return self.task.observe(self._progress, self.reading, self.action)

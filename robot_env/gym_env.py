@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
-from .record import Record
+from .env import GENTLE, RecordingEnv
 from .task import Outcome, TaskError, TaskSpec
 
 PREFIX = "gym:"
@@ -73,22 +72,19 @@ class GymTask:
         raise TaskError(f"{self.spec.name}: rewards cannot be computed from readings")
 
 
-class GymEnv(gymnasium.Env):
+class GymEnv(RecordingEnv):
     """Actions in [-1, 1] onto the environment's box, and a Record for every step."""
 
     def __init__(self, task: GymTask, env: gymnasium.Env, command: Command) -> None:
+        super().__init__()
         self.task, self.env, self.command = task, env, command
-        self.on_record: list[Callable[[Record], None]] = []
-        self.source, self.version = "policy", 0
         self.action = task.rest
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (command.size,), np.float32)
         self.observation_space = env.observation_space
-        self._seq, self._ticks, self._open = 0, 0, False
+        self._ticks, self._open = 0, False
         self._reading = self._read(np.zeros(task.observation_size))
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Close the segment and start an episode. `seed` as in Gymnasium."""
         self._end_segment()
         obs, info = self.env.reset(seed=seed, options=options)
@@ -103,8 +99,9 @@ class GymEnv(gymnasium.Env):
         before, self._reading = self._reading, self._read(obs)
         self._ticks += 1
         self._open = True
-        self._emit(before, self.action, float(reward), bool(terminated), bool(truncated and not terminated))
-        return self._reading.values["observation"], float(reward), bool(terminated), bool(truncated), info
+        outcome = Outcome(float(reward), bool(terminated), bool(truncated and not terminated), {})
+        self._emit(self._now(), before, self.action, outcome, self.source)
+        return self._reading.values["observation"], outcome.reward, outcome.terminated, bool(truncated), info
 
     def close(self) -> None:
         """End the open segment."""
@@ -113,19 +110,11 @@ class GymEnv(gymnasium.Env):
 
     def _end_segment(self) -> None:
         if self._open:
-            self._emit(self._reading, None, 0.0, False, False)
+            self._emit(self._now(), self._reading, None, GENTLE, self.source)
         self._open = False
 
     def _read(self, obs: np.ndarray) -> Reading:
-        return Reading({"observation": np.array(obs, np.float32)}, {"observation": self._ticks / self.task.spec.hz})
+        return Reading({"observation": np.array(obs, np.float32)}, {"observation": self._now()})
 
-    def _emit(
-        self, reading: Reading, action: np.ndarray | None, reward: float, terminated: bool, truncated: bool
-    ) -> None:
-        self._seq += 1
-        now = self._ticks / self.task.spec.hz
-        record = Record(
-            self._seq, now, reading, action, reward, terminated, truncated, self.source, self.version, {}
-        )
-        for observer in self.on_record:
-            observer(record)
+    def _now(self) -> float:
+        return self._ticks / self.task.spec.hz

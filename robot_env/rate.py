@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
+
+RECENT = 4096  # ticks whose lateness is remembered
 
 
 class Rate:
@@ -15,34 +18,27 @@ class Rate:
     motors a burst of commands.
     """
 
-    def __init__(
-        self, hz: float, now: Callable[[], float], sleep: Callable[[float], None], window: int = 4096
-    ) -> None:
+    def __init__(self, hz: float, now: Callable[[], float], sleep: Callable[[float], None]) -> None:
         if not (math.isfinite(hz) and hz > 0):
             raise ValueError(f"rate must be a positive number of Hz, got {hz}")
         self.period = 1.0 / hz
-        self.ticks = 0
         self.late = 0  # ticks that were missed
         self._now, self._sleep = now, sleep
         self._next: float | None = None
-        self._lateness = np.zeros(window)
+        self._lateness: deque[float] = deque(maxlen=RECENT)  # s
 
     def wait(self) -> None:
         """Sleep until the next tick; return at once when it has passed."""
         now = self._now()
         if self._next is None:
             self._next = now + self.period
-        if now > self._next + 1e-9:
-            missed = int((now - self._next) / self.period) + 1
-            lateness = now - self._next
-            self.late += missed
-            self._next += missed * self.period
-        else:
+        missed = int((now - self._next) / self.period) + 1 if now > self._next + 1e-9 else 0
+        if not missed:
             self._sleep(self._next - now)
-            lateness = self._now() - self._next
-            self._next += self.period
-        self._lateness[self.ticks % len(self._lateness)] = lateness
-        self.ticks += 1
+            now = self._now()
+        self._lateness.append(now - self._next)
+        self.late += missed
+        self._next += max(missed, 1) * self.period
 
     def restart(self) -> None:
         """Forget the phase: the pause before the next wait is not lateness."""
@@ -50,8 +46,5 @@ class Rate:
 
     def lateness_ms(self) -> dict[str, float]:
         """p50, p99 and max of how late recent ticks began, in ms."""
-        recent = self._lateness[: min(self.ticks, len(self._lateness))]
-        if not len(recent):
-            return {"p50": 0.0, "p99": 0.0, "max": 0.0}
-        p50, p99 = np.percentile(recent, [50, 99])
-        return {"p50": 1e3 * float(p50), "p99": 1e3 * float(p99), "max": 1e3 * float(recent.max())}
+        p50, p99, longest = 1e3 * np.percentile(self._lateness or [0.0], [50, 99, 100])
+        return {"p50": float(p50), "p99": float(p99), "max": float(longest)}

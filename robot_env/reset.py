@@ -37,10 +37,8 @@ class DriveReset:
         up = float(reading.values["accel"][2])
         self._up = self._up + 1 if up > UPRIGHT_MPS2 else 0
         self._down = self._down + 1 if up < DOWN_MPS2 else 0
-        if self.needs_hand:
-            self.needs_hand = self._up < UPRIGHT_S * self._hz
-        else:
-            self.needs_hand = self._down >= DOWN_S * self._hz
+        up_again, came_down = self._up >= UPRIGHT_S * self._hz, self._down >= DOWN_S * self._hz
+        self.needs_hand = not up_again if self.needs_hand else came_down
         if self.needs_hand:  # a person sets it on its wheels; the motors rest until then
             return self._wish(0.0, 0.0)
         position = reading.values["pose"][:2].astype(np.float64)
@@ -75,7 +73,7 @@ class DriveReset:
         """Angle to a point ahead on the line, heading error (rad, body frame), offset from the line (m)."""
         x, y, c, s = (float(v) for v in reading.values["pose"])
         heading = math.atan2(s, c)
-        along, offset = self._line.project(np.array([x, y]))
+        along, offset = self._line.project((x, y))
         target = self._line.at(along + LOOKAHEAD_M)
         angle = _wrap(math.atan2(target[1] - y, target[0] - x) - heading)
         return angle, _wrap(float(self._line.heading(along + LOOKAHEAD_M / 2)) - heading), float(offset)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..drivers.base import Command, Reading
+from ..drivers.base import Channel, Command, Reading
 from .track import Line, TrackError
 
 if sys.version_info >= (3, 11):
@@ -68,6 +68,21 @@ class Outcome:
     truncated: bool
     events: dict[str, float]
     reset: bool = False  # the robot must recover before it can go on
+
+
+class Observer:
+    """The observed channels in declared order, each divided by its declared scale: (size,) float32."""
+
+    def __init__(self, channels: tuple[Channel, ...]) -> None:
+        self._names = [c.name for c in channels if c.observed]
+        self.scale = np.array([s for c in channels if c.observed for s in c.scale], np.float32)
+        self.size = len(self.scale)
+        ends = np.cumsum([c.size for c in channels if c.observed])
+        self.places = dict(zip(self._names, np.split(np.arange(self.size), ends), strict=False))  # in the vector
+        self._factor = 1.0 / self.scale
+
+    def __call__(self, reading: Reading) -> np.ndarray:
+        return np.concatenate([reading.values[n] for n in self._names]).astype(np.float32) * self._factor
 
 
 class Recovery(Protocol):

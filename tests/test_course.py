@@ -226,7 +226,7 @@ def test_hindsight_is_what_the_task_would_have_given_for_the_new_goal(seed, shar
     at = slice(-3 - 2 * len(course.PREVIEW_M) - 2, -2 * len(course.PREVIEW_M) - 2)
     changed = (out["obs"][:, at] != kept["obs"][:, at]).any(1)
     assert changed.all() if share == 1.0 else changed.any() and not changed.all()
-    future_places = future[:, task._observer.slices["pose"]][:, :2] * 5.0
+    future_places = future[:, task._observer.places["pose"]][:, :2] * 5.0
     drawn = course._goals(np.array([before.values["pose"] for before, _ in pairs]), out["obs"][:, at])
     for i, (before, after) in enumerate(pairs):
         assert (np.delete(out["obs"][i], np.r_[at]) == np.delete(kept["obs"][i], np.r_[at])).all()

@@ -93,7 +93,7 @@ def recoveries(seed: int, poses: int):
             place, seen = env.robot.place, []
             env.robot.place = lambda pose: pytest.fail("teleported")
             env.on_record[:] = [seen.append]
-            env._reading, env._outcome, env._segment = env.robot.read(), HIT, 1
+            env.reading, env._outcome, env._segment = env.robot.read(), HIT, 1
             began = env.robot.now()
             env.reset()
             env.robot.place = place
