@@ -78,31 +78,24 @@ class Robot(Protocol):
 
     def open(self) -> None:
         """Connect. Raises DriverError with the remedy when the device is missing."""
-        ...
 
     def read(self) -> Reading:
         """The newest values, without waiting for newer ones. Raises DriverError when the device fails."""
-        ...
 
     def write(self, command: np.ndarray) -> None:
         """Send a (size,) command. Raises DriverError when the device fails."""
-        ...
 
     def stop(self) -> None:
         """Bring the motors to their safe state now."""
-        ...
 
     def close(self) -> None:
         """Stop and let go of the device."""
-        ...
 
     def now(self) -> float:
         """Time in seconds: monotonic on hardware, simulated in the twin."""
-        ...
 
     def sleep(self, seconds: float) -> None:
         """Wait; in the twin this advances the physics by that time."""
-        ...
 
 
 @runtime_checkable
@@ -111,9 +104,7 @@ class Twin(Robot, Protocol):
 
     def place(self, pose: tuple[float, float, float]) -> None:
         """Set the robot at rest, upright, at (x m, y m, heading rad)."""
-        ...
 
     def truth(self) -> dict[str, float]:
         """For eval, report and tests only: x, y, heading, speed, upright, and `contacts`, a running count
         of contacts with walls (a new one each time a wall is touched after 0.5 s without)."""
-        ...

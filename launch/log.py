@@ -28,15 +28,11 @@ SHOWN = {
 }
 
 
-class LogError(RuntimeError):
-    """An output that was asked for cannot be opened."""
-
-
 class Log:
     """The outputs of one run. `total` (steps of the whole training) is for the ETA; use from one thread.
 
     `time_s` in metrics.jsonl is wall-clock since the start of the run and goes on where an earlier process
-    of the same run stopped. Without a folder there is progress only. Close it, or use it in a `with`.
+    of the same run stopped. Without a folder there is progress only. Close it.
     """
 
     def __init__(
@@ -106,12 +102,6 @@ class Log:
         for output in filter(None, (self._file, self._board)):
             self._try("the end of the metrics", output.close)
 
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _parts(self, now: float, step: int) -> list[str]:
         """The pieces of the progress line; what is not known yet is left out."""
         of = f"/{self._total:,}" if self._total else ""
@@ -162,10 +152,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def _board(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ModuleNotFoundError:
-        raise LogError("TensorBoard needs tensorboardX: pip install 'tether[tensorboard]'") from None
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"))
 
 

@@ -61,7 +61,7 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
     failure.unlink(missing_ok=True)
     with (
         stoppable(lambda: ACTOR_ENDED if child and child.poll() else "") as stopped,
-        Log(job.folder, job.config.learner.steps, tensorboard=job.tensorboard) as log,
+        contextlib.closing(Log(job.folder, job.config.learner.steps, tensorboard=job.tensorboard)) as log,
     ):
         try:
             learner = Learner(job, log)

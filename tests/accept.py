@@ -220,7 +220,8 @@ def main() -> None:
             file.write_text(json.dumps(result, indent=1))
         results[str(seed)] = json.loads(file.read_text())
         print(f"seed {seed}: {json.dumps({k: v for k, v in results[str(seed)].items() if k != 'lap_time_s'})}")
-    summary: dict[str, Any] = {"task": options.task, "machine": f"{os.cpu_count()} cores, {platform.machine()}", "seeds": results}
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    summary: dict[str, Any] = {"task": options.task, "machine": machine, "seeds": results}
     summary["passed"] = f"{sum(bool(r['passed']) for r in results.values())} of {len(results)}"
     if bar is course and not options.task.endswith(".csv"):
         summary["without_auto_reset"] = ablation(folder, options)

@@ -6,11 +6,11 @@ import io
 import json
 import sys
 import types
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tether.launch import log
 from tether.launch.log import Log, read_metrics
 
 
@@ -51,7 +51,7 @@ def drawn(stream):
 
 def test_metrics_are_one_object_a_line_and_not_finite_is_null(tmp_path):
     clock = Clock()
-    with Log(tmp_path, stream=io.StringIO(), clock=clock) as out:
+    with closing(Log(tmp_path, stream=io.StringIO(), clock=clock)) as out:
         out.write(1, {"learn/critic_loss": np.float32(0.5), "gate/clamped": 3})
         clock.now += 2.5
         out.write(np.int64(2), {"learn/critic_loss": float("nan"), "learn/actor_loss": np.inf})
@@ -68,7 +68,7 @@ def test_a_resumed_run_goes_on_after_damaged_lines(tmp_path):
     file.write_bytes(b'{"step": 5, "time_s": 60.0}\n\xff\n[]\n{"step": "x"}\n{"step": 6, "time_s": 61\n')
     assert read_metrics(tmp_path) == [{"step": 5, "time_s": 60.0}]
     clock = Clock()
-    with Log(tmp_path, stream=io.StringIO(), clock=clock) as out:
+    with closing(Log(tmp_path, stream=io.StringIO(), clock=clock)) as out:
         clock.now += 1
         out.write(6, {})
     assert read_metrics(tmp_path) == [{"step": 5, "time_s": 60.0}, {"step": 6, "time_s": 61.0}]
@@ -76,7 +76,7 @@ def test_a_resumed_run_goes_on_after_damaged_lines(tmp_path):
 
 
 def test_lines_are_out_before_the_run_ends(tmp_path):
-    with Log(tmp_path, stream=io.StringIO()) as out:
+    with closing(Log(tmp_path, stream=io.StringIO())) as out:
         out.write(1, {"env/resets": 1})
         assert len(read_metrics(tmp_path)) == 1
 
@@ -105,7 +105,7 @@ def test_a_closed_terminal_is_no_error(tmp_path):
         def write(self, text):
             raise BrokenPipeError(32, "Broken pipe")
 
-    with Log(tmp_path, stream=Gone()) as out:
+    with closing(Log(tmp_path, stream=Gone())) as out:
         out.note("hello")
         out.write(1, {})
     out.close()
@@ -154,12 +154,12 @@ def test_progress_is_drawn_over_on_a_terminal_and_notes_stay(monkeypatch):
 
 def test_tensorboard_gets_the_same_numbers_or_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(log.LogError, match=r"pip install 'tether\[tensorboard\]'"):
+    with pytest.raises(ModuleNotFoundError, match="tensorboardX"):
         Log(tmp_path, stream=io.StringIO(), tensorboard=True)
     seen = []
     writer = types.SimpleNamespace(add_scalar=lambda *a: seen.append(a), close=lambda: seen.append("closed"))
     fake = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
-    with Log(tmp_path, stream=io.StringIO(), tensorboard=True) as out:
+    with closing(Log(tmp_path, stream=io.StringIO(), tensorboard=True)) as out:
         out.write(3, {"learn/utd": 2.0, "learn/critic_loss": float("nan")})
     assert seen == [("learn/utd", 2.0, 3), "closed"]
