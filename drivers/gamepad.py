@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 
@@ -18,13 +19,13 @@ class Gamepad:
 
     def __init__(self, path: str = "/dev/input/js0") -> None:
         self._path = path
-        self._file: int | None = None
+        self._file: io.FileIO | None = None
         self._now: dict[tuple[int, int], int] = {}  # (AXIS or BUTTON, number) -> value
 
     def open(self) -> None:
         """Raises DriverError when there is no gamepad."""
         try:
-            self._file = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+            self._file = io.FileIO(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK))
         except OSError as error:
             raise DriverError(
                 f"no gamepad at {self._path} ({error.strerror}); plug one in, or use --teleop keyboard"
@@ -33,22 +34,16 @@ class Gamepad:
     def read(self) -> tuple[float, float, bool]:
         """(steering -1..1 left positive, speed -1..1, stop) without waiting. Raises DriverError when it is gone."""
         assert self._file is not None, "open() first"
-        while True:
-            try:
-                event = os.read(self._file, EVENT.size)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                raise DriverError(f"the gamepad at {self._path} is gone ({error.strerror})") from None
-            if len(event) < EVENT.size:
-                break
-            _, value, kind, number = EVENT.unpack(event)
-            self._now[kind & ~INIT, number] = value
+        try:
+            while len(event := self._file.read(EVENT.size) or b"") == EVENT.size:
+                _, value, kind, number = EVENT.unpack(event)
+                self._now[kind & ~INIT, number] = value
+        except OSError as error:
+            raise DriverError(f"the gamepad at {self._path} is gone ({error.strerror})") from None
         steer, speed = (-self._now.get((AXIS, n), 0) / 32767 for n in (self.STEER_AXIS, self.SPEED_AXIS))
         return steer, speed, bool(self._now.get((BUTTON, self.STOP_BUTTON)))
 
     def close(self) -> None:
         """Idempotent."""
         if self._file is not None:
-            os.close(self._file)
-            self._file = None
+            self._file.close()

@@ -38,8 +38,7 @@ class Keyboard:
         """(steering -1..1 left positive, speed -1..1, stop) without waiting."""
         text = ""
         while select.select([self._fd], [], [], 0)[0]:
-            read = os.read(self._fd, 64)
-            if not read:
+            if not (read := os.read(self._fd, 64)):
                 break
             text += read.decode(errors="ignore")
         now = time.monotonic()

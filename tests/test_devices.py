@@ -9,7 +9,7 @@ import termios
 
 import numpy as np
 import pytest
-from tether.drivers import gamepad, keyboard
+from tether.drivers import keyboard
 from tether.drivers.base import DriverError
 from tether.drivers.fake import COMMAND
 from tether.drivers.gamepad import AXIS, BUTTON, EVENT, INIT, Gamepad
@@ -139,10 +139,11 @@ def test_a_gamepad_that_is_gone_is_an_error_and_not_the_last_deflection(stick, m
     send(AXIS, Gamepad.SPEED_AXIS, -32767)
     assert device.read() == (0, 1, False)
 
-    def unplugged(fd, size):
-        raise OSError(19, "No such device")
+    class Unplugged:
+        def read(self, size):
+            raise OSError(19, "No such device")
 
-    monkeypatch.setattr(gamepad.os, "read", unplugged)
+    monkeypatch.setattr(device, "_file", Unplugged())
     with pytest.raises(DriverError, match="gone"):
         device.read()
 
