@@ -99,7 +99,7 @@ def stream_meta(spec: TaskSpec) -> Meta:
 def limits(spec: TaskSpec) -> Limits:
     """The gate's limits: the robot's own, tightened by the task. Raises SafetyError."""
     channels, command = declaration(spec)
-    return Limits.of(channels, command).tightened(command, spec.gate)
+    return Limits.of(channels, command, spec.gate)
 
 
 def make_task(spec: TaskSpec) -> Task:

@@ -55,7 +55,7 @@ class Journal:
         if meta.stream not in self._writers:
             self._writers[meta.stream] = SegmentWriter(self._folder / meta.stream, meta)
         for i, payload in enumerate(payloads):
-            self._writers[meta.stream].append_payload(first_seq + i, payload)
+            self._writers[meta.stream].append(first_seq + i, payload)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -82,7 +82,7 @@ def record_laps(
 
         def keep(made: record.Record) -> None:
             nonlocal overlap
-            writer.append(made)
+            writer.append(made.seq, record.encode(made))
             if len(tally.laps) >= laps:
                 overlap += abs(float(made.reading.values["velocity"][0])) / env.task.spec.hz
             if "lap_time_s" in made.events:

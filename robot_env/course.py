@@ -9,7 +9,7 @@ import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
 from .reset import DriveReset
-from .task import Observer, Outcome, TaskError, TaskSpec
+from .task import Batch, Observer, Outcome, TaskError, TaskSpec
 from .track import Line, resample, walls
 
 GOAL_SCALE_M = 5.0  # divides the distance to the checkpoint in the observation
@@ -123,17 +123,14 @@ class Course:
         s, _ = self.line.project(reading.values["pose"][:2])
         return (*map(float, self.line.at(s)), float(self.line.heading(s)))  # type: ignore[return-value]
 
-    def in_hindsight(
-        self, batch: dict[str, np.ndarray], future: np.ndarray, rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def in_hindsight(self, batch: Batch, future: np.ndarray, rng: np.random.Generator) -> Batch:
         """FastRLAP's relabelling (hindsight.py): half of the new goals are places the car came to later
         (`future`, (n, o) observations), half lie around it, N(0, 4^2) m. One-step batches only."""
         n = len(future)
         here, there = (self._decode(batch[name]) for name in ("obs", "next_obs"))
-        drawn = np.where(
-            rng.random((n, 1)) < 0.5, self._decode(future)[0][:, :2],
-            here[0][:, :2] + rng.normal(0.0, HINDSIGHT_M, (n, 2)),
-        )  # fmt: skip
+        later = rng.random((n, 1)) < 0.5
+        around = here[0][:, :2] + rng.normal(0.0, HINDSIGHT_M, (n, 2))
+        drawn = np.where(later, self._decode(future)[0][:, :2], around)
         chosen = rng.random(n) < self.spec.hindsight
         out = {name: values.copy() for name, values in batch.items()}
         at = slice(self._observer.size, self._observer.size + 3)

@@ -96,8 +96,7 @@ class RobotEnv(RecordingEnv):
         self._open = False
         self.robot.stop()
         try:
-            if self._segment:
-                self._end_segment()
+            self._end_segment()
         finally:  # an observer may fail, too
             self.robot.close()
 
@@ -107,8 +106,7 @@ class RobotEnv(RecordingEnv):
             self.robot.open()
             self._open = True
         if isinstance(self.robot, Twin) and (first or seed is not None):  # a real robot is carried there
-            if self._segment:
-                self._end_segment()
+            self._end_segment()
             self.robot.place(self.task.start)
             self._progress, self._outcome = None, GENTLE
         if self._progress is None:
@@ -138,7 +136,8 @@ class RobotEnv(RecordingEnv):
         return outcome, {"executed": self.action, "gate": state, "faults": faults, **outcome.events}
 
     def _end_segment(self, events: dict[str, float] | None = None) -> None:
-        self._emit(self.robot.now(), self.reading, None, replace(GENTLE, events=events or {}), self.source)
+        if self._segment or events:
+            self._emit(self.robot.now(), self.reading, None, replace(GENTLE, events=events or {}), self.source)
         self._segment = 0
 
     def _recover(self) -> None:

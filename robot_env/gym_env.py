@@ -33,9 +33,9 @@ def declare(env: gymnasium.Env, hz: float) -> tuple[tuple[Channel, ...], Command
     """The one channel an environment reads and the command it takes."""
     size, box = env.observation_space.shape[0], env.action_space  # type: ignore[index]
     channel = Channel("observation", size, "1", hz, 0.0, (1.0,) * size)
-    low, high = tuple(map(float, box.low)), tuple(map(float, box.high))  # type: ignore[attr-defined]
-    n, rest = len(low), tuple(((box.low + box.high) / 2).tolist())  # type: ignore[attr-defined]
-    names = tuple(f"action{i}" for i in range(n))
+    ends = box.low, box.high, (box.low + box.high) / 2  # type: ignore[attr-defined]
+    low, high, rest = (tuple(map(float, end)) for end in ends)
+    names, n = tuple(f"action{i}" for i in range(len(low))), len(low)
     return (channel,), Command(names, ("1",) * n, low, high, low, high, (np.inf,) * n, rest)
 
 
@@ -52,8 +52,8 @@ class GymTask:
     """What of a `Task` an environment needs that resets itself; reward and termination come with its records."""
 
     relabels = False
-    _never_asked: Any = None  # it is no course, and starts again by itself
-    start = walls = recover = spot = in_hindsight = _never_asked
+    _never_asked: Any = None  # it is no course, starts again by itself and tells its rewards
+    advance = start = walls = recover = spot = in_hindsight = _never_asked
 
     def __init__(self, task: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
         self.spec = task
@@ -66,10 +66,6 @@ class GymTask:
     def observe(self, progress: Any, reading: Reading, action: np.ndarray) -> np.ndarray:
         """The environment's own observation."""
         return reading.values["observation"]
-
-    def advance(self, progress: Any, action: np.ndarray, reading: Reading) -> Outcome:
-        """Not known from readings: a recording of this environment is used as it is."""
-        raise TaskError(f"{self.spec.name}: rewards cannot be computed from readings")
 
 
 class GymEnv(RecordingEnv):

@@ -47,7 +47,6 @@ _MAGIC = b"TTHR"
 _HEAD = struct.Struct("<4sB8sQII")
 _CRC_AT = _HEAD.size - 4
 _META, _RECORD = 0, 1
-_ENDED = ((False, False), (True, False), (False, True), (True, True))  # terminated, truncated of the flags
 LIMITS: dict[str, Any] = {
     "max_str_len": MAX_TEXT, "max_bin_len": MAX_PAYLOAD, "max_array_len": MAX_ITEMS,
     "max_map_len": MAX_ITEMS, "max_ext_len": 0, "strict_map_key": True, "raw": False,
@@ -60,9 +59,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "text": lambda v: type(v) is str and len(v.encode(errors="replace")) <= MAX_TEXT,
     "long": lambda v: type(v) is str and len(v) < MAX_PAYLOAD // 2,
     "stream": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{16}", v) is not None,
-    "numbers": lambda v: type(v) is dict and len(v) <= MAX_ITEMS and all(
-        KINDS["text"](name) and KINDS["number"](number) for name, number in v.items()
-    ),
+    "numbers": lambda v: type(v) is dict and len(v) <= MAX_ITEMS and all(_fit("text number", row) for row in v.items()),
 }
 
 
@@ -102,10 +99,10 @@ class Meta:
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise RecordError(f"record format {self.format}, not {FORMAT}: use the tether that wrote it")
-        plain = (self.stream, self.robot, self.task, self.created, self.hz)
-        good = _fit("stream text long text number", plain) and self.hz > 0
-        good = good and all(_fit("text count text number", row) for row in self.channels)
-        if not good or not all(_fit("text number number", row) for row in self.command):
+        plain = _fit("stream text long text number", (self.stream, self.robot, self.task, self.created, self.hz))
+        channels = all(_fit("text count text number", row) for row in self.channels)
+        command = all(_fit("text number number", row) for row in self.command)
+        if not (plain and channels and command and self.hz > 0):
             raise RecordError("the description of the stream is malformed; it was not written by tether")
 
     @classmethod
@@ -175,7 +172,7 @@ def decode(payload: bytes) -> Record:
         row = msgpack.unpackb(payload, **LIMITS)
         seq, time, reward, flags, source, version, action, channels, events = row
         plain = (seq, version, flags, source, time, reward, events)
-        if not _fit("count count count count number number numbers", plain) or seq < 1:
+        if not _fit("count count count count number number numbers", plain) or seq < 1 or flags > 3:
             raise ValueError("a field of the wrong type, out of bounds or not finite")
         reading = Reading({}, {})
         for name, (stamp, values) in channels.items():
@@ -185,7 +182,8 @@ def decode(payload: bytes) -> Record:
         executed = None if action is None else _floats(action)
         if executed is not None and not (0 < len(executed) <= MAX_ITEMS and np.isfinite(executed).all()):
             raise ValueError("an action that is empty, too long or not finite")
-        return Record(seq, time, reading, executed, reward, *_ENDED[flags], SOURCES[source], version, events)
+        ended = bool(flags & 1), bool(flags & 2)
+        return Record(seq, time, reading, executed, reward, *ended, SOURCES[source], version, events)
     except (ValueError, TypeError, LookupError, AttributeError, msgpack.UnpackException) as error:
         raise RecordError(f"malformed record: {error}") from None
 
@@ -207,12 +205,8 @@ class SegmentWriter:
         self.folder, self.meta = Path(folder), meta
         self._open()
 
-    def append(self, record: Record) -> None:
-        """Encode and write one record."""
-        self.append_payload(record.seq, encode(record))
-
-    def append_payload(self, seq: int, payload: bytes) -> None:
-        """Write the bytes of one record."""
+    def append(self, seq: int, payload: bytes) -> None:
+        """Write one record: its number and what `encode` made of it."""
         if self._count >= SEGMENT_RECORDS or self._size >= SEGMENT_BYTES:
             self.close()
             self._open()
@@ -251,9 +245,7 @@ def _complain(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def read_recording(
-    path: str | Path, on_damage: Callable[[str], None] = _complain
-) -> tuple[Meta, list[Record]]:
+def read_recording(path: str | Path, on_damage: Callable[[str], None] = _complain) -> tuple[Meta, list[Record]]:
     """The records of a file, or of a folder of segments, in order and each once.
 
     A torn tail is cut and damaged records are left out; `on_damage` (default: a line on standard error) is
@@ -267,8 +259,7 @@ def read_recording(
         try:
             data = file.read_bytes()
         except OSError as error:
-            cause = f"cannot be read: {error.strerror}"
-            raise RecordError(f"{file} {cause}; make one with `tether record`") from None
+            raise RecordError(f"{file} cannot be read: {error.strerror}; make one with `tether record`") from None
         for kind, stream, seq, payload in _frames(data, str(file), damage):
             try:
                 if kind == _META:
@@ -291,9 +282,7 @@ def read_recording(
     return meta, records
 
 
-def read_streams(
-    folder: str | Path, on_damage: Callable[[str], None] = _complain
-) -> list[tuple[Meta, list[Record]]]:
+def read_streams(folder: str | Path, on_damage: Callable[[str], None] = _complain) -> list[tuple[Meta, list[Record]]]:
     """The streams of a run's `steps/`, one sub-folder each, in the order they began. Raises RecordError.
 
     One that was never written to is left out.

@@ -75,8 +75,9 @@ class DriveReset:
         heading = math.atan2(s, c)
         along, offset = self._line.project((x, y))
         target = self._line.at(along + LOOKAHEAD_M)
-        angle = _wrap(math.atan2(target[1] - y, target[0] - x) - heading)
-        return angle, _wrap(float(self._line.heading(along + LOOKAHEAD_M / 2)) - heading), float(offset)
+        angle = math.atan2(target[1] - y, target[0] - x) - heading
+        error = float(self._line.heading(along + LOOKAHEAD_M / 2)) - heading
+        return math.remainder(angle, math.tau), math.remainder(error, math.tau), offset
 
     def _switch(self, phase: str, position: np.ndarray) -> None:
         self._phase, self._ticks, self._from = phase, 0, position
@@ -84,7 +85,3 @@ class DriveReset:
 
     def _wish(self, speed: float, steering: float) -> np.ndarray:
         return self._command.to_action(np.array([speed, steering]))
-
-
-def _wrap(angle: float) -> float:
-    return math.remainder(angle, 2 * math.pi)

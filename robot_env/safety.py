@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,34 +30,25 @@ class Limits:
     max_age_s: dict[str, float]  # channel -> oldest acceptable reading
 
     @classmethod
-    def of(cls, channels: tuple[Channel, ...], command: Command) -> Limits:
-        """The robot's own limits, from its declaration."""
-        low, high, rate, safe = (
-            np.asarray(v, np.float64) for v in (command.low, command.high, command.rate, command.safe)
-        )
-        ages = {c.name: c.latency_s + STALE_PERIODS / c.hz for c in channels}
-        return cls(low, high, rate, safe, ages)
-
-    def tightened(self, command: Command, wanted: Mapping[str, float]) -> Limits:
-        """These limits with a task's `[gate]` table applied: `max_<name>_<unit>`, e.g. max_speed_mps.
-
-        Raises SafetyError for an unknown key (naming the valid ones) or a value beyond the robot's own.
+    def of(cls, channels: tuple[Channel, ...], command: Command, wanted: Mapping[str, float]) -> Limits:
+        """The robot's own limits, from its declaration, tightened by a task's `[gate]` table: `max_<name>_<unit>`,
+        e.g. max_speed_mps. Raises SafetyError for an unknown key (naming the valid ones) or a value beyond the own.
         """
+        low, high, rate, safe = (np.array(v, float) for v in (command.low, command.high, command.rate, command.safe))
         units = [unit.replace("/", "p") for unit in command.units]
         keys = {f"max_{name}_{units[i]}": i for i, name in enumerate(command.names)}
-        low, high = self.low.copy(), self.high.copy()
         for key, value in wanted.items():
             if key not in keys:
                 raise SafetyError(f"[gate] {key}: unknown limit; this robot has {', '.join(sorted(keys))}")
             i = keys[key]
-            if not 0 < value <= self.high[i]:
+            if not 0 < value <= high[i]:
                 raise SafetyError(
-                    f"[gate] {key} = {value}: must be above 0 and at most the robot's own {self.high[i]:g}; "
+                    f"[gate] {key} = {value}: must be above 0 and at most the robot's own {high[i]:g}; "
                     "a task may only tighten"
                 )
             high[i] = value
             low[i] = max(low[i], -value)
-        return replace(self, low=low, high=high)
+        return cls(low, high, rate, safe, {c.name: c.latency_s + STALE_PERIODS / c.hz for c in channels})
 
 
 class Gate:

@@ -41,20 +41,20 @@ class Fold:
         self._progress: Any = None
         self._action = task.rest
         self._pending: Sample | None = None
-        self._acted = False  # the record before had an action, so time has passed
-        self._seq, self._part = 0, 0  # of the record before
+        self._part = 0
+        self._last: Record | None = None  # the record before
 
     def push(self, record: Record) -> list[Sample]:
         """The samples that `record` completes: itself, or with `relabel` the one before it."""
         outcome = None
-        lost, self._seq = self._seq not in (0, record.seq - 1), record.seq
+        last, self._last = self._last, record
+        lost = last is not None and last.seq != record.seq - 1
         out = self.close() if lost else []
         if lost:  # what was done, and with it what came of it, is not known: begin anew
-            self._part, self._acted = self._part + 1, False
-            self._progress, self._action = None, self._task.rest
+            self._part, self._progress, self._action = self._part + 1, None, self._task.rest
         if self._progress is None:
             self._progress = self._task.begin(record.reading)
-        elif self._acted:
+        elif last is not None and last.action is not None:  # time has passed
             outcome = self._task.advance(self._progress, self._action, record.reading)
         before = np.clip(self._action, -1.0, 1.0)
         obs = self._task.observe(self._progress, record.reading, self._action)
@@ -62,12 +62,8 @@ class Fold:
         if record.action is not None:
             self._action = record.action
             action = np.clip(record.action, -1.0, 1.0)
-        self._acted = action is not None
-        train = (
-            action is not None and not lost
-            and record.source in TRAINED_SOURCES
-            and bool((np.abs(self._action) <= 1.0 + BOX_TOLERANCE).all())
-        )
+        judged = action is not None and not lost and record.source in TRAINED_SOURCES
+        train = judged and bool((np.abs(self._action) <= 1.0 + BOX_TOLERANCE).all())
         ended = record.terminated, record.truncated
         sample = Sample(obs, before, action, record.reward, *ended, train, self._part)
         if not self._relabel:
@@ -75,9 +71,7 @@ class Fold:
         done, self._pending = self._pending, sample if action is not None else None
         if done is not None and outcome is not None:
             over = outcome.terminated or outcome.truncated
-            out.append(
-                replace(done, reward=outcome.reward, terminated=outcome.terminated, truncated=outcome.truncated)
-            )
+            out.append(replace(done, reward=outcome.reward, terminated=outcome.terminated, truncated=outcome.truncated))
             if over and action is not None:  # the task ends here though the recording goes on
                 out.append(replace(sample, action=None, train=False))
         if action is None:

@@ -20,6 +20,7 @@ else:
 
 KINDS = ("course",)  # walk and manipulate come with their robots
 _SHIPPED = Path(__file__).parent / "tasks"
+Batch = dict[str, np.ndarray]  # of samples, by their fields
 
 
 class TaskError(ValueError):
@@ -121,9 +122,7 @@ class Task(Protocol):
     def spot(self, reading: Reading) -> tuple[float, float, float]:
         """Where a hand would set the robot down after a flip: x m, y m, heading rad."""
 
-    def in_hindsight(
-        self, batch: dict[str, np.ndarray], future: np.ndarray, rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def in_hindsight(self, batch: Batch, future: np.ndarray, rng: np.random.Generator) -> Batch:
         """A sampled batch with `spec.hindsight` of its goals drawn again; `future` (n, o): later observations."""
 
 
@@ -153,11 +152,11 @@ def parse(text: str, name: str, file: str = "task") -> TaskSpec:
     _check(data, _FILE, file)
     task, course, gate = (data.get(key, {}) for key in ("task", "course", "gate"))
     rows = data.get("checkpoint", [])
-    _check(task, _TASK, file, "task.", ["robot", "kind", "hz", "episode_s"])
-    _check(course, _COURSE, file, "course.", ["width_m"] if "centerline" in course else [])
+    _check(task, _TASK, file, "task.", "robot kind hz episode_s")
+    _check(course, _COURSE, file, "course.", "width_m" if "centerline" in course else "")
     _check(gate, dict.fromkeys(gate, _number(0, 1e6)), file, "gate.")
     for i, row in enumerate(rows):
-        _check(row, _CHECKPOINT, file, f"checkpoint[{i}].", ["at"])
+        _check(row, _CHECKPOINT, file, f"checkpoint[{i}].", "at")
     if len(rows) < 2:
         raise TaskError(f"{file}: a course needs at least 2 [[checkpoint]] tables, found {len(rows)}")
     checkpoints = tuple(Checkpoint(tuple(map(float, row.pop("at"))), **row) for row in rows)
@@ -186,10 +185,8 @@ def _check_inside(spec: TaskSpec, file: str) -> None:
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, and whether it is
 
 
-def _check(
-    table: dict[str, Any], rules: dict[str, Rule], file: str, prefix: str = "", required: Sequence[str] = ()
-) -> None:
-    for key in required:
+def _check(table: dict[str, Any], rules: dict[str, Rule], file: str, prefix: str = "", required: str = "") -> None:
+    for key in required.split():
         if key not in table:
             raise TaskError(f"{file}: {prefix}{key} is missing; it must be {rules[key][0]}")
     for key, value in table.items():
@@ -211,17 +208,9 @@ def _is_point(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_number(-1e5, 1e5)[1], value))
 
 
-def _is_line(value: Any) -> bool:
-    return isinstance(value, list) and len(value) >= 4 and all(map(_is_point, value))
-
-
 _TABLE: Rule = ("a table", lambda v: isinstance(v, dict))
-_FILE: dict[str, Rule] = {
-    "task": _TABLE,
-    "course": _TABLE,
-    "checkpoint": ("[[checkpoint]] tables", lambda v: isinstance(v, list) and all(map(_TABLE[1], v))),
-    "gate": _TABLE,
-}
+_TABLES: Rule = ("[[checkpoint]] tables", lambda v: isinstance(v, list) and all(map(_TABLE[1], v)))
+_FILE: dict[str, Rule] = {"task": _TABLE, "course": _TABLE, "checkpoint": _TABLES, "gate": _TABLE}
 _TASK: dict[str, Rule] = {
     "robot": (
         "the name of a robot in the catalog, not a module path",
@@ -235,6 +224,6 @@ _TASK: dict[str, Rule] = {
 _COURSE: dict[str, Rule] = {
     "loop": ("true or false", lambda v: isinstance(v, bool)),
     "width_m": _number(0.01, 100),
-    "centerline": ("4 or more points [x, y] in m", _is_line),
+    "centerline": ("4 or more points [x, y] in m", lambda v: type(v) is list and len(v) > 3 and all(map(_is_point, v))),
 }
 _CHECKPOINT: dict[str, Rule] = {"at": ("a point [x, y] in m", _is_point), "radius_m": _number(0.01, 100)}

@@ -181,10 +181,9 @@ def _right_of(closed: np.ndarray, radius: float, step: float) -> np.ndarray:
     for start, vector, heading, turn in zip(closed, vectors, headings, turns, strict=True):
         pieces = math.ceil(math.hypot(*vector) / step)
         fan = 2 + int(turn * radius / step) if turn > 0 else 0
-        middles = start + vector * ((np.arange(pieces) + 0.5) / pieces)[:, None]
-        base = np.vstack((middles, np.tile(start + vector, (fan, 1))))
-        angle = heading + np.concatenate((np.zeros(pieces), turn * np.linspace(0.0, 1.0, fan)))
-        offset.append(base + radius * np.stack((np.sin(angle), -np.cos(angle)), axis=1))
+        share = np.append((np.arange(pieces) + 0.5) / pieces, np.ones(fan))[:, None]
+        angle = heading + turn * np.append(np.zeros(pieces), np.linspace(0.0, 1.0, fan))
+        offset.append(start + share * vector + radius * np.stack((np.sin(angle), -np.cos(angle)), axis=1))
     return np.vstack(offset)
 
 
@@ -280,9 +279,8 @@ def lap_line(lap: np.ndarray) -> np.ndarray:
 def _moved(positions: np.ndarray, step_m: float) -> np.ndarray:
     """Indices at least `step_m` from the one before: standing still and its noise drop out."""
     kept: list[int] = []
-    places = positions.tolist()
-    for i, place in enumerate(places):
-        if not kept or math.dist(place, places[kept[-1]]) >= step_m:
+    for i, place in enumerate(positions):
+        if not kept or math.dist(place, positions[kept[-1]]) >= step_m:
             kept.append(i)
     return np.array(kept, int)
 

@@ -186,7 +186,7 @@ def test_it_can_be_placed_and_tells_the_truth(robot):
 
 
 def test_its_sensors_are_fresh_enough_for_its_own_gate(robot):
-    limits = Limits.of(robot.channels, robot.command)
+    limits = Limits.of(robot.channels, robot.command, {})
     gate = Gate(robot.command, limits)
     robot.open()
     gate.step(robot.now(), robot.read(), None, ("arm",))

@@ -67,12 +67,16 @@ def same(a, b):
     return True
 
 
+def add(writer, record):
+    writer.append(record.seq, encode(record))
+
+
 def write(folder, count):
     """Records in one segment, whose path is returned with them."""
     writer = SegmentWriter(folder, meta())
     records = [make(i + 1, action=i % 5 != 4) for i in range(count)]
     for record in records:
-        writer.append(record)
+        add(writer, record)
     writer.close()
     return folder / "00000001.seg", records
 
@@ -171,7 +175,7 @@ def test_folder_rolls_segments_and_a_later_writer_adds(tmp_path, monkeypatch):
     for start in (1, 7):
         writer = SegmentWriter(tmp_path / "s", described)
         for seq in range(start, start + 6):
-            writer.append(make(seq))
+            add(writer, make(seq))
         writer.close()
     assert len(list((tmp_path / "s").iterdir())) == 4
     found, records = read_recording(tmp_path / "s", pytest.fail)
@@ -189,12 +193,12 @@ def test_segments_roll_by_size(tmp_path, monkeypatch):
 def test_appended_records_are_with_the_system_before_close(tmp_path):
     writer = SegmentWriter(tmp_path / "s", meta())
     for seq in range(1, 4):
-        writer.append(make(seq))
+        add(writer, make(seq))
         assert len(read_recording(tmp_path / "s", pytest.fail)[1]) == seq
     writer.close()
     writer.close()
     with pytest.raises(ValueError, match="closed"):
-        writer.append(make(4))
+        add(writer, make(4))
 
 
 def test_a_file_cut_anywhere_gives_the_whole_records_before_the_cut(tmp_path):
@@ -230,7 +234,7 @@ def test_a_flipped_byte_loses_only_its_record_and_is_named(tmp_path):
 
 def test_a_magic_inside_a_record_is_no_frame(tmp_path):
     writer = SegmentWriter(tmp_path, meta(task="TTHR" * 9))
-    writer.append(replace(make(1), events={"TTHR" * 9: 1.0}))
+    add(writer, replace(make(1), events={"TTHR" * 9: 1.0}))
     writer.close()
     found, records = read_recording(tmp_path, pytest.fail)
     assert found.task == "TTHR" * 9 and len(records) == 1
@@ -247,12 +251,12 @@ def test_doubled_missing_and_foreign_records_are_left_out_and_named(tmp_path):
     described = meta()
     writer = SegmentWriter(tmp_path / "s", described)
     for seq in (1, 2, 2, 5):
-        writer.append(make(seq))
-    writer.append_payload(6, encode(make(9)))
-    writer.append_payload(6, b"\x01")
+        add(writer, make(seq))
+    writer.append(6, encode(make(9)))
+    writer.append(6, b"\x01")
     writer.close()
     other = SegmentWriter(tmp_path / "s", meta())
-    other.append(make(6))
+    add(other, make(6))
     other.close()
     damage = []
     _, found = read_recording(tmp_path / "s", damage.append)
@@ -284,7 +288,7 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
 def test_streams_of_a_run_come_in_order_and_empty_ones_are_skipped(tmp_path):
     for i, stream in enumerate(("f" * 16, "0" * 16)):
         writer = SegmentWriter(tmp_path / stream, meta(stream=stream, created=f"2026-01-0{i + 1}"))
-        writer.append(make(1))
+        add(writer, make(1))
         writer.close()
     (tmp_path / "dead").mkdir()
     (tmp_path / "dead" / "00000001.seg").write_bytes(b"")
@@ -294,7 +298,7 @@ def test_streams_of_a_run_come_in_order_and_empty_ones_are_skipped(tmp_path):
 
 def test_a_full_disk_is_said_and_leaves_whole_frames(tmp_path):
     writer = SegmentWriter(tmp_path / "s", meta())
-    writer.append(make(1))
+    add(writer, make(1))
     real = writer._file
 
     class Full:
@@ -305,9 +309,9 @@ def test_a_full_disk_is_said_and_leaves_whole_frames(tmp_path):
 
     writer._file = Full()
     with pytest.raises(RecordError, match="record 2 was not written: the disk is full"):
-        writer.append(make(2))
+        add(writer, make(2))
     writer._file = real
-    writer.append(make(2))
+    add(writer, make(2))
     writer.close()
     assert [r.seq for r in read_recording(tmp_path / "s", pytest.fail)[1]] == [1, 2]
 

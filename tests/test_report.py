@@ -16,7 +16,7 @@ import pytest
 from tether.drivers.base import Reading
 from tether.launch import cli, config, report
 from tether.launch.config import RunError
-from tether.robot_env.record import Meta, Record, SegmentWriter
+from tether.robot_env.record import Meta, Record, SegmentWriter, encode
 
 HZ = 10.0
 LAP = 80  # frames of one round
@@ -70,7 +70,7 @@ def write_stream(
     meta = Meta(stream, "car", TASK, HZ, channels, (("speed", 0.5, 4.5), ("steering", -0.4, 0.4)), created)
     writer = SegmentWriter(folder, meta)
     for one in records:
-        writer.append(one)
+        writer.append(one.seq, encode(one))
     writer.close()
 
 

@@ -61,7 +61,7 @@ TICK = st.tuples(
 @settings(max_examples=300)
 @given(st.lists(TICK, max_size=40), st.floats(0.2, 4.5))
 def test_whatever_is_wished_the_limits_hold(sequence, most):
-    limits = Limits.of(CHANNELS, COMMAND).tightened(COMMAND, {"max_speed_mps": most})
+    limits = Limits.of(CHANNELS, COMMAND, {"max_speed_mps": most})
     gate, now, last, armed, latched = Gate(COMMAND, limits), 0.0, SAFE, False, False
     for dt, wanted, age, events in sequence:
         now += dt
@@ -90,14 +90,14 @@ def test_whatever_is_wished_the_limits_hold(sequence, most):
 
 
 def gate_of(m: ModuleType, armed: bool = True, **wanted: float):
-    gate = m.Gate(COMMAND, m.Limits.of(CHANNELS, COMMAND).tightened(COMMAND, wanted))
+    gate = m.Gate(COMMAND, m.Limits.of(CHANNELS, COMMAND, wanted))
     if armed:
         gate.step(0.0, reading(0.0), None, ("arm",))
     return gate
 
 
 def limits_are_declared(m):
-    limits = m.Limits.of(CHANNELS, COMMAND)
+    limits = m.Limits.of(CHANNELS, COMMAND, {})
     assert limits.max_age_s == {"fast": pytest.approx(0.09), "slow": pytest.approx(0.5)}
     for got, want in ((limits.low, LOW), (limits.high, HIGH), (limits.rate, RATE), (limits.safe, SAFE)):
         assert (got == want).all()
@@ -106,14 +106,12 @@ def limits_are_declared(m):
 
 
 def a_task_only_tightens(m):
-    own = m.Limits.of(CHANNELS, COMMAND)
-    tight = own.tightened(COMMAND, {"max_speed_mps": 1.0, "max_steering_rad": 0.2})
+    tight = m.Limits.of(CHANNELS, COMMAND, {"max_speed_mps": 1.0, "max_steering_rad": 0.2})
     assert tight.high.tolist() == [1.0, 0.2] and tight.low.tolist() == [-1.0, -0.2]
-    assert own.tightened(COMMAND, {"max_speed_mps": 4.5}).low.tolist() == LOW.tolist()  # stays at -1.5
-    assert own.high.tolist() == HIGH.tolist() and own.low.tolist() == LOW.tolist()
+    assert m.Limits.of(CHANNELS, COMMAND, {"max_speed_mps": 4.5}).low.tolist() == LOW.tolist()  # stays at -1.5
     for bad in ({"max_speed_mps": 4.6}, {"max_speed_mps": 0.0}, {"max_speed_mps": -1.0}, {"speed": 1.0}):
         with pytest.raises(m.SafetyError, match=r"max_speed_mps"):
-            own.tightened(COMMAND, bad)
+            m.Limits.of(CHANNELS, COMMAND, bad)
 
 
 def nothing_moves_before_it_is_armed(m):
