@@ -37,7 +37,6 @@ class Progress:
     """Where a stream of readings stands on the course. Moved by `Course.advance` alone."""
 
     goal: int
-    laps: int = 0
     lap_started: float | None = None  # stamp of the pose that began the lap
     lap_clean: bool = True  # no trouble since then
     tipped: int = 0  # ticks in a row
@@ -156,7 +155,6 @@ class Course:
             if progress.lap_started is not None:
                 events["lap_time_s"] = stamp - progress.lap_started
                 events["lap_clean"] = float(progress.lap_clean)
-                progress.laps += 1
             events["lap_started"] = 1.0
             progress.lap_started, progress.lap_clean = stamp, True
         progress.goal = (progress.goal + 1) % len(self._goals)

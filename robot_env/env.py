@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from ..drivers.base import Reading, Robot, Twin
+from ..drivers.base import Command, Reading, Robot, Twin
 from .rate import Rate
 from .record import Record
 from .safety import ESTOP, Gate, SafetyError
@@ -19,9 +19,12 @@ GENTLE = Outcome(0.0, False, False, {})
 
 
 class RecordingEnv(gymnasium.Env):
-    """Numbers its steps, and gives a Record of each to everyone in `on_record`."""
+    """Takes actions in [-1, 1], numbers its steps, and gives a Record of each to everyone in `on_record`."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: Task, command: Command) -> None:
+        self.task = task
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (command.size,), np.float32)
+        self.action = task.rest  # executed last
         self.on_record: list[Callable[[Record], None]] = []
         self.source = "policy"  # who the next wishes come from
         self.version = 0  # of the weights the next wishes come from
@@ -49,14 +52,11 @@ class RobotEnv(RecordingEnv):
     metadata: dict[str, Any] = {"render_modes": []}
 
     def __init__(self, robot: Robot, task: Task, gate: Gate, rate: Rate) -> None:
-        super().__init__()
-        self.robot, self.task, self.gate, self.rate = robot, task, gate, rate
+        super().__init__(task, robot.command)
+        self.robot, self.gate, self.rate = robot, gate, rate
         self.events: Callable[[], tuple[str, ...]] = tuple  # gate events, e.g. from an e-stop button
         self.auto_reset = True  # off only to show what practice without it is worth
-        n = robot.command.size
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (n,), np.float32)
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.observation_size,), np.float32)
-        self.action = np.zeros(n, np.float32)  # executed last
         self.reading: Reading  # the newest
         self._open = False
         self._progress: Any = None

@@ -69,13 +69,11 @@ class GymTask:
 
 
 class GymEnv(RecordingEnv):
-    """Actions in [-1, 1] onto the environment's box, and a Record for every step."""
+    """Actions in [-1, 1] onto the environment's box."""
 
     def __init__(self, task: GymTask, env: gymnasium.Env, command: Command) -> None:
-        super().__init__()
-        self.task, self.env, self.command = task, env, command
-        self.action = task.rest
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (command.size,), np.float32)
+        super().__init__(task, command)
+        self.env, self.command = env, command
         self.observation_space = env.observation_space
         self._ticks, self._open = 0, False
         self._reading = self._read(np.zeros(task.observation_size))

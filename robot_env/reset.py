@@ -29,7 +29,7 @@ class DriveReset:
         self._command, self._line, self._hz = command, line, hz
         self._free = max(0.2, width_m / 2 - 0.3)  # how far off the line is still well inside
         self._phase, self._ticks, self._switches = "pause", 0, 0
-        self._from: np.ndarray | None = None  # where this phase began
+        self._from = np.zeros(2)  # where this phase began
         self._up, self._down = 0, 0  # ticks in a row
 
     def wish(self, reading: Reading) -> np.ndarray | None:
@@ -42,17 +42,16 @@ class DriveReset:
         if self.needs_hand:  # a person sets it on its wheels; the motors rest until then
             return self._wish(0.0, 0.0)
         position = reading.values["pose"][:2].astype(np.float64)
-        self._from = position if self._from is None else self._from
         angle, heading_error, offset = self._aim(reading)
         aligned = abs(angle) < ALIGNED_RAD and abs(heading_error) < ALIGNED_RAD + 0.2
         self._ticks += 1
         elapsed = self._ticks / self._hz
-        moved = float(np.linalg.norm(position - self._from))
         speed = float(reading.values["velocity"][0])
         if self._phase == "pause":
             if elapsed >= PAUSE_S:
                 self._switch("forward" if aligned else "back", position)
             return self._wish(0.0, 0.0)
+        moved = float(np.linalg.norm(position - self._from))
         blocked = elapsed > BLOCKED_S and speed * (1 if self._phase == "forward" else -1) < BLOCKED_MPS
         if self._phase == "back":
             if blocked or elapsed > BACK_S or (abs(angle) < 0.3 and moved > 0.25):

@@ -69,11 +69,7 @@ class Gate:
         self._time: float | None = None
 
     def step(
-        self,
-        now: float,
-        measurement: Reading,
-        wish: np.ndarray | None,
-        events: tuple[str, ...] = (),
+        self, now: float, measurement: Reading, wish: np.ndarray | None, events: tuple[str, ...] = ()
     ) -> tuple[np.ndarray, str, tuple[str, ...]]:
         """One tick. now in s (robot clock); wish (n,) in action units or None for "no wish".
 

@@ -121,7 +121,7 @@ def test_laps_are_counted_and_timed_from_checkpoint_to_checkpoint():
     laps = [e["lap_time_s"] for e in events if "lap_time_s" in e]
     assert laps == pytest.approx([task.line.length / 2.0] * 3, abs=0.11)
     assert [e["lap_clean"] for e in events if "lap_time_s" in e] == [1.0, 1.0, 1.0]
-    assert sum("lap_started" in e for e in events) == 4 and progress.laps == 3
+    assert sum("lap_started" in e for e in events) == 4
 
 
 def test_a_lap_with_a_collision_is_not_clean_and_the_next_one_is():
@@ -143,7 +143,6 @@ def test_driving_backwards_through_checkpoints_is_no_lap():
             progress, REST, reading(x, y, task.line.heading(s) + math.pi, (2, 0), time=k * 0.1)
         )
         assert "lap_time_s" not in outcome.events
-    assert progress.laps == 0
 
 
 # --- trouble
