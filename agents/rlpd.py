@@ -25,6 +25,7 @@ from jax import lax
 
 from .networks import Actor, Critics, into, tanh_normal, window
 
+AVERAGED = 500.0  # steps: time constant of the mean of past actors that is frozen
 Batch = dict[str, Any]  # as replay.Replay.sample makes it
 Params = dict[str, Any]
 
@@ -82,6 +83,7 @@ class State(NamedTuple):
     """All that changes. Saving it saves the training; `update` consumes it (its buffers are donated)."""
 
     actor: Params
+    average: Params  # of past actors
     critic: Params  # leaves (ensemble, ...)
     target: Params
     log_temperature: jax.Array
@@ -101,8 +103,9 @@ def init(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> State:
     log_temperature = jnp.log(jnp.float32(cfg.init_temperature))
     return State(
         actor=actor,
+        average=jax.tree.map(jnp.copy, actor),  # a shared buffer could not be donated
         critic=critic,
-        target=jax.tree.map(jnp.copy, critic),  # a shared buffer could not be donated
+        target=jax.tree.map(jnp.copy, critic),
         log_temperature=log_temperature,
         actor_opt=optax.adam(cfg.actor_lr).init(actor),
         critic_opt=optax.adam(cfg.critic_lr).init(critic),
@@ -156,6 +159,8 @@ def update(cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, 
     actor_loss = partial(_actor_loss, cfg, critic=critic, batch=last, temperature=temperature, key=actor_key)
     (loss, entropy), grads = jax.value_and_grad(actor_loss, has_aux=True)(state.actor)
     actor, actor_opt = _descend(cfg.actor_lr, grads, state.actor_opt, state.actor)
+    share = jnp.maximum(1.0 / AVERAGED, 1.0 / actor_opt[0].count)  # at first, of all there were
+    average = optax.incremental_update(actor, state.average, share)
 
     goal = cfg.entropy_goal(next_action.shape[-1])
     grad = jax.grad(lambda log_t: jnp.exp(log_t) * (entropy - goal))(state.log_temperature)
@@ -168,8 +173,16 @@ def update(cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, 
         "entropy": entropy,
         "q_mean": values.mean(),
     }
-    state = State(actor, critic, target, log_temperature, actor_opt, critic_opt, temp_opt, key)
+    state = State(actor, average, critic, target, log_temperature, actor_opt, critic_opt, temp_opt, key)
     return state, metrics
+
+
+def frozen(state: State) -> State:
+    """The state whose actor is to be evaluated and deployed: the mean of the last ones.
+
+    The newest drives at the limit, now on this side of it and now on that (Polyak & Juditsky 1992 on averages).
+    """
+    return state._replace(actor=state.average)
 
 
 def policy_params(cfg: Config, state: State) -> dict[str, np.ndarray]:

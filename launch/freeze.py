@@ -16,7 +16,7 @@ from .trainer import Trainer
 
 
 def trained(run: Path) -> Trainer:
-    """The trainer as it was at the newest snapshot. Raises RunError for a run without one."""
+    """The trainer of the newest snapshot, with the policy to be deployed. Raises RunError for a run without one."""
     settings, facts = config.read(run.resolve())
     task = catalog.make_task(catalog.spec_of(facts["task"], facts["name"]))
     trainer = Trainer(task, settings, int(facts["seed"]))
@@ -25,6 +25,7 @@ def trained(run: Path) -> Trainer:
         raise RunError(f"{run}: no snapshot to take a policy from; train first, or go on with --resume")
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
+    trainer.freeze()
     return trainer
 
 

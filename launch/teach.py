@@ -20,7 +20,6 @@ from .evaluate import Tally, practise, pursuit
 LOOKAHEAD_M = 0.8  # of the scripted driver
 WANDER_RAD = 0.15  # steering noise of a script of quality 0
 WANDER_S = 0.5  # its correlation time
-LINE_STEP_M = 0.25  # of a centre line that is written: half the tightest bend a car can take
 OVERLAP_M = 1.0  # driven beyond the last lap, so that the loop closes
 
 # (observation, previous action) -> (a,) wish in action units, or None to stop
@@ -106,7 +105,7 @@ def make_course(
     rates = {}
     if file.suffix == ".csv":
         centerline, width_m = track.read_csv(file, length, width)
-        line = centerline = track.resample(centerline, LINE_STEP_M, True)
+        line = centerline = track.resample(centerline, track.STEP_M, True)
         track.walls(centerline, width_m)  # refuses a corridor that joins two stretches
     elif length:
         raise track.TrackError("--length scales a CSV; a recording has its own length")

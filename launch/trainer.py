@@ -122,6 +122,10 @@ class Trainer:
         self.updates = found.counters["updates"]
         return found.counters["cursor"], found.warning
 
+    def freeze(self) -> None:
+        """Take the policy that is to be evaluated and deployed; there is no training after this."""
+        self.state = self._algorithm.frozen(self.state)
+
     def start_from(self, folder: Path) -> str:
         """Take the weights and the optimiser of another run's newest snapshot; returns a warning or ""."""
         found = snapshot.load(folder, {"task": self.state})

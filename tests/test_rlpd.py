@@ -396,3 +396,20 @@ def test_a_point_learns_to_come_home_within_its_window():
             action = np.asarray(rlpd.act(POINT, state.actor, np.float32([x, prev[0]]), prev))
             x, prev = x + 0.2 * float(action[0]), action
         assert abs(x) < 0.1, f"from {start}: {x}"
+
+
+def test_what_is_frozen_is_the_mean_of_the_actors_so_far_and_later_of_the_last_ones():
+    state, batch = rlpd.init(POINT, jax.random.key(0), 2, 1), point_replay(1).sample(np.random.default_rng(0), 512)
+    actors = []
+    for _ in range(3):
+        state, _ = rlpd.update(POINT, state, minibatches(batch, 8, 64))
+        actors.append(rlpd.policy_params(POINT, state))
+    for name, value in rlpd.policy_params(POINT, rlpd.frozen(state)).items():
+        np.testing.assert_allclose(value, np.mean([a[name] for a in actors], axis=0), rtol=1e-4, atol=1e-6)
+    assert rlpd.frozen(state).critic is state.critic
+    many = state.actor_opt[0]._replace(count=jax.numpy.int32(10_000))
+    before = rlpd.policy_params(POINT, rlpd.frozen(state))
+    state, _ = rlpd.update(POINT, state._replace(actor_opt=(many, *state.actor_opt[1:])), minibatches(batch, 8, 64))
+    newest, share = rlpd.policy_params(POINT, state), 1 / rlpd.AVERAGED
+    for name, value in rlpd.policy_params(POINT, rlpd.frozen(state)).items():
+        np.testing.assert_allclose(value, (1 - share) * before[name] + share * newest[name], rtol=1e-4, atol=1e-6)
