@@ -10,14 +10,13 @@ import numpy as np
 from ..drivers.base import Channel, Command, Reading
 from .reset import DriveReset
 from .task import Batch, Observer, Outcome, TaskError, TaskSpec
-from .track import Line, resample, walls
+from .track import STEP_M, Line, resample, walls
 
 GOAL_SCALE_M = 5.0  # divides the distance to the checkpoint in the observation
 # Places on the course's line this far ahead, in the body frame: what FastRLAP's camera sees of the way, from
 # the map alone. Without it the policy must learn the map by heart.
 PREVIEW_M = (0.5, 1.0, 2.0, 3.0, 4.0)
 PREVIEW_SCALE_M = 2.0
-LINE_STEP_M = 0.25
 SPARSE_M = 1.0  # points of a centre line further apart than this are joined by straight lines
 HINDSIGHT_M = 4.0  # spread of goals drawn around the car, FastRLAP hindsight.py
 
@@ -63,8 +62,8 @@ class Course:
         # a smooth line, without a centre line through the checkpoints
         if spec.course.centerline and np.linalg.norm(np.diff(points, axis=0), axis=1).max() > SPARSE_M:
             straight = Line(points, spec.course.loop)  # as the walls are: a curve would leave them
-            points = straight.at(np.arange(0.0, straight.length, LINE_STEP_M))
-        self.line = Line(resample(points, LINE_STEP_M, spec.course.loop), spec.course.loop)
+            points = straight.at(np.arange(0.0, straight.length, STEP_M))
+        self.line = Line(resample(points, STEP_M, spec.course.loop), spec.course.loop)
         self.start = (*map(float, self.line.at(0.0)), float(self.line.heading(0.0)))
         self._goal_s = np.array([self.line.project(g)[0] for g in self._goals])
         self.rest = command.to_action(np.asarray(command.safe))

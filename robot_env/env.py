@@ -49,8 +49,6 @@ class RobotEnv(RecordingEnv):
     a flip.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
-
     def __init__(self, robot: Robot, task: Task, gate: Gate, rate: Rate) -> None:
         super().__init__(task, robot.command)
         self.robot, self.gate, self.rate = robot, gate, rate
