@@ -18,21 +18,17 @@ _xavier_each = nn.initializers.xavier_uniform(in_axis=-2, out_axis=-1, batch_axi
 class Actor(nn.Module):
     """A Gaussian before the tanh: (..., obs) -> mean and log standard deviation, (..., action) each.
 
-    Dense -> (LayerNorm) -> ReLU per hidden layer; the parameter names are those of the onboard runtime.
+    Dense -> ReLU per hidden layer; the parameter names are those of the onboard runtime.
     """
 
     hidden: tuple[int, ...]
     action_size: int
-    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = obs
         for i, width in enumerate(self.hidden):
-            x = nn.Dense(width, kernel_init=_xavier, name=f"dense{i}")(x)
-            if self.layer_norm:
-                x = nn.LayerNorm(epsilon=NORM_EPSILON, name=f"norm{i}")(x)
-            x = nn.relu(x)
+            x = nn.relu(nn.Dense(width, kernel_init=_xavier, name=f"dense{i}")(x))
         mean = nn.Dense(self.action_size, kernel_init=_xavier, name="mean")(x)
         log_std = nn.Dense(self.action_size, kernel_init=_xavier, name="log_std")(x)
         return mean, jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)

@@ -49,7 +49,6 @@ class Config:
     batch: int = 256  # of each update, half of it prior data where there is any
     utd: int = 20  # updates per step
     max_delta: float | None = None  # largest change of an action per step
-    actor_layer_norm: bool = False
     layer_norm: bool = True  # of the critics
 
     def __post_init__(self) -> None:
@@ -98,7 +97,7 @@ def init(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> State:
     """A fresh agent for (obs_size,) observations and (action_size,) actions."""
     key, actor_key, critic_key = jax.random.split(key, 3)
     obs, action = jnp.zeros((1, obs_size)), jnp.zeros((1, action_size))
-    actor = Actor(cfg.hidden, action_size, cfg.actor_layer_norm).init(actor_key, obs)["params"]
+    actor = Actor(cfg.hidden, action_size).init(actor_key, obs)["params"]
     critic = Critics(cfg.ensemble, cfg.hidden, cfg.layer_norm).init(critic_key, obs, action)["params"]
     log_temperature = jnp.log(jnp.float32(cfg.init_temperature))
     return State(
@@ -201,7 +200,6 @@ def policy_spec(cfg: Config, state: State) -> dict[str, Any]:
         "action_size": int(state.actor["mean"]["bias"].shape[0]),
         "hidden": list(cfg.hidden),
         "max_delta": cfg.max_delta,
-        "layer_norm": cfg.actor_layer_norm,
     }
 
 
@@ -215,7 +213,7 @@ def _sample(
     cfg: Config, params: Params, obs: jax.Array, prev_action: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Action (the mean without a key) and its log-density, within the window where there is one."""
-    module = Actor(cfg.hidden, params["mean"]["bias"].shape[0], cfg.actor_layer_norm)
+    module = Actor(cfg.hidden, params["mean"]["bias"].shape[0])
     mean, log_std = cast(tuple[jax.Array, jax.Array], module.apply({"params": params}, obs))
     noise = jnp.zeros_like(mean) if key is None else jax.random.normal(key, mean.shape)
     action, log_prob = tanh_normal(mean, log_std, noise)

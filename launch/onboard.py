@@ -30,11 +30,10 @@ import numpy as np
 FORMAT = "tether-bundle"
 VERSION = 1
 LOG_STD = (-20.0, 2.0)  # RLPD's clip
-NORM_EPSILON = 1e-6  # flax.linen.LayerNorm
 
 # what parsing raises where a file is not what it should be
 DAMAGED = (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-_SPEC = {"observation_size", "action_size", "hidden", "max_delta", "layer_norm"}
+_SPEC = {"observation_size", "action_size", "hidden", "max_delta"}
 
 
 class BundleError(ValueError):
@@ -42,13 +41,11 @@ class BundleError(ValueError):
 
 
 class Policy:
-    """A tanh-Gaussian MLP: dense (-> layer norm) -> relu, ..., then heads `mean` and `log_std`.
+    """A tanh-Gaussian MLP: dense -> relu, ..., then heads `mean` and `log_std`.
 
-    `spec`: observation_size o, action_size a, hidden [int, ...], and optional max_delta (number or None) and
-    layer_norm (bool).
-    `weights`: float32 "dense<i>/kernel" (in, out), "dense<i>/bias", with layer_norm "norm<i>/scale" and
-    "norm<i>/bias", and "mean/...", "log_std/..." likewise. Raises BundleError when the two do not fit or a
-    weight is not finite.
+    `spec`: observation_size o, action_size a, hidden [int, ...], and optional max_delta (number or None).
+    `weights`: float32 "dense<i>/kernel" (in, out), "dense<i>/bias", "mean/..." and "log_std/..." likewise.
+    Raises BundleError when the two do not fit or a weight is not finite.
     """
 
     def __init__(self, spec: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> None:
@@ -56,7 +53,7 @@ class Policy:
         _match(shapes, weights)
         self.observation_size, self.action_size = spec["observation_size"], spec["action_size"]
         self.max_delta = None if spec.get("max_delta") is None else np.float32(spec["max_delta"])
-        self._hidden, self._layer_norm = len(spec["hidden"]), spec.get("layer_norm", False)
+        self._hidden = len(spec["hidden"])
         self._weights = {name: np.array(weights[name], np.float32) for name in shapes}
 
     def act(
@@ -74,12 +71,7 @@ class Policy:
                 f"this policy takes ({self.observation_size},) and ({self.action_size},)"
             )
         for i in range(self._hidden):
-            x = self._dense(f"dense{i}", x)
-            if self._layer_norm:
-                x -= x.mean()
-                x /= np.sqrt(np.square(x).mean() + NORM_EPSILON)
-                x = x * self._weights[f"norm{i}/scale"] + self._weights[f"norm{i}/bias"]
-            x = np.maximum(x, 0.0)
+            x = np.maximum(self._dense(f"dense{i}", x), 0.0)
         u = self._dense("mean", x)
         if rng is not None:
             log_std = np.minimum(np.maximum(self._dense("log_std", x), LOG_STD[0]), LOG_STD[1])
@@ -163,21 +155,17 @@ def _shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     unknown = sorted(set(spec) - _SPEC)
     if unknown:
         raise BundleError(f"this runtime does not know {', '.join(unknown)} in a policy; use a newer one")
-    hidden, delta, norm = spec.get("hidden"), spec.get("max_delta"), spec.get("layer_norm", False)
+    hidden, delta = spec.get("hidden"), spec.get("max_delta")
     inner = list(hidden) if isinstance(hidden, (list, tuple)) else []
     sizes = [spec.get("observation_size"), *inner, spec.get("action_size")]
     if not 3 <= len(sizes) <= 18 or not all(type(n) is int and 0 < n <= 65_536 for n in sizes):
         raise BundleError(f"layer sizes {sizes!r}: 3 to 18 whole numbers from 1 to 65536")
-    if type(norm) is not bool or not (delta is None or (type(delta) in (int, float) and 0 < delta <= 2)):
-        raise BundleError(f"max_delta = {delta!r}: between 0 and 2, or null; layer_norm: true or false")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i, (inputs, width) in enumerate(zip(sizes[:-2], sizes[1:-1], strict=True)):
-        shapes |= {f"dense{i}/kernel": (inputs, width), f"dense{i}/bias": (width,)}
-        if norm:
-            shapes |= {f"norm{i}/scale": (width,), f"norm{i}/bias": (width,)}
-    for head in ("mean", "log_std"):
-        shapes |= {f"{head}/kernel": (sizes[-2], sizes[-1]), f"{head}/bias": (sizes[-1],)}
-    return shapes
+    if not (delta is None or (type(delta) in (int, float) and 0 < delta <= 2)):
+        raise BundleError(f"max_delta = {delta!r}: between 0 and 2, or null")
+    kernels = {f"dense{i}": (sizes[i], sizes[i + 1]) for i in range(len(inner))}
+    kernels |= dict.fromkeys(("mean", "log_std"), (sizes[-2], sizes[-1]))
+    biases = {f"{layer}/bias": (width,) for layer, (_, width) in kernels.items()}
+    return {f"{layer}/kernel": shape for layer, shape in kernels.items()} | biases
 
 
 def _match(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, np.ndarray]) -> None:

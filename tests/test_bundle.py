@@ -14,7 +14,7 @@ from tether.drivers.car import CHANNELS, COMMAND
 from tether.launch import bundle, catalog, onboard
 from tether.launch.onboard import BundleError, Policy, load_bundle
 
-SPEC = {"observation_size": 18, "action_size": 2, "hidden": [32, 32], "max_delta": 0.2, "layer_norm": False}
+SPEC = {"observation_size": 18, "action_size": 2, "hidden": [32, 32], "max_delta": 0.2}
 TASK = catalog.load_spec("car-loop")
 ORIGIN = {"run": "first", "steps": 1200, "git": "abc"}
 

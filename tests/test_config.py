@@ -16,7 +16,7 @@ def test_full_is_rlpd_as_published():
     want = dict(
         ensemble=10, subset=2, hidden=(256, 256), critic_lr=3e-4, actor_lr=3e-4, temp_lr=3e-4, tau=0.005,
         gamma=0.99, n_step=1, init_temperature=1.0, target_entropy=None, backup_entropy=True, batch=256,
-        utd=20, max_delta=None, actor_layer_norm=False, layer_norm=True,
+        utd=20, max_delta=None, layer_norm=True,
     )  # fmt: skip
     assert dict(found.agent) == want
     assert found.algorithm == "rlpd"

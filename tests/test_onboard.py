@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from tether.launch import onboard
 from tether.launch.onboard import DAMAGED, BundleError, Policy, read_safetensors
 
-SPEC = {"observation_size": 5, "action_size": 2, "hidden": [16, 8], "max_delta": 0.2, "layer_norm": False}
+SPEC = {"observation_size": 5, "action_size": 2, "hidden": [16, 8], "max_delta": 0.2}
 
 
 def weights_of(spec, seed=0, scale=0.5):
@@ -29,8 +29,6 @@ def reference(spec, weights, obs, previous, noise=None):
     x = obs.astype(np.float64)
     for i in range(len(spec["hidden"])):
         x = x @ w[f"dense{i}/kernel"] + w[f"dense{i}/bias"]
-        if spec.get("layer_norm"):
-            x = (x - x.mean()) / np.sqrt(x.var() + 1e-6) * w[f"norm{i}/scale"] + w[f"norm{i}/bias"]
         x = np.maximum(x, 0)
     u = x @ w["mean/kernel"] + w["mean/bias"]
     if noise is not None:
@@ -42,11 +40,10 @@ def reference(spec, weights, obs, previous, noise=None):
     return low + (np.tanh(u) + 1) / 2 * (high - low)
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("max_delta", [None, 0.2, 2])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_act_is_the_formula(layer_norm, max_delta, sampled):
-    spec = SPEC | {"layer_norm": layer_norm, "max_delta": max_delta}
+def test_act_is_the_formula(max_delta, sampled):
+    spec = SPEC | {"max_delta": max_delta}
     weights = weights_of(spec)
     policy = Policy(spec, weights)
     rng = np.random.default_rng(1)
@@ -69,11 +66,11 @@ def jax():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.parametrize("layer_norm, max_delta", [(False, 0.2), (True, None)])
-def test_act_equals_jax(jax, layer_norm, max_delta):
+@pytest.mark.parametrize("max_delta", [0.2, None])
+def test_act_equals_jax(jax, max_delta):
     from tether.agents import rlpd
 
-    cfg = rlpd.Config(ensemble=2, hidden=(32, 32), max_delta=max_delta, actor_layer_norm=layer_norm)
+    cfg = rlpd.Config(ensemble=2, hidden=(32, 32), max_delta=max_delta)
     state = rlpd.init(cfg, jax.random.key(0), 7, 3)
     params = rlpd.policy_params(cfg, state)
     policy = Policy(rlpd.policy_spec(cfg, state), params)
@@ -138,8 +135,6 @@ def test_weights_are_copied_and_a_wrong_observation_is_refused():
         ({"max_delta": -1}, "max_delta"),
         ({"max_delta": float("nan")}, "max_delta"),
         ({"max_delta": True}, "max_delta"),
-        ({"layer_norm": "yes"}, "layer_norm"),
-        ({"layer_norm": True}, "norm0/scale are missing"),
         ({"convolution": 3}, "does not know convolution"),
     ],
 )

@@ -20,7 +20,7 @@ CASES = {  # between them every switch is on and off
     "plain": (
         rlpd.Config(
             ensemble=2, subset=2, hidden=(16, 12), batch=8, utd=3, backup_entropy=False, layer_norm=False,
-            actor_layer_norm=True, target_entropy=-1.5, gamma=0.9, tau=0.1,
+            target_entropy=-1.5, gamma=0.9, tau=0.1,
         ),
         3,
     ),
@@ -105,7 +105,7 @@ def critic_backward(p, saved, dq):
 
 
 def policy_forward(cfg, p, obs, prev, noise):
-    h, tape = mlp_forward(p, obs, len(cfg.hidden), cfg.actor_layer_norm)
+    h, tape = mlp_forward(p, obs, len(cfg.hidden), False)
     mean, raw = (h @ p[f"{head}/kernel"] + p[f"{head}/bias"] for head in ("mean", "log_std"))
     log_std = np.clip(raw, -20, 2)
     u = mean + np.exp(log_std) * noise
@@ -384,7 +384,7 @@ def test_the_same_seed_and_records_give_the_same_weights_to_the_bit():
     rlpd.update(POINT, first, minibatches(point_replay(1).sample(np.random.default_rng(0), 512), 8, 64))
     np.testing.assert_array_equal(params["dense0/kernel"], kernel)  # not a view of what update consumes
     assert rlpd.policy_spec(POINT, second) == {
-        "observation_size": 2, "action_size": 1, "hidden": [32, 32], "max_delta": 0.4, "layer_norm": False,
+        "observation_size": 2, "action_size": 1, "hidden": [32, 32], "max_delta": 0.4,
     }  # fmt: skip
 
 
