@@ -24,9 +24,7 @@ class Replay:
     in the same order give the same buffer, so it is restored by adding the records again.
     """
 
-    def __init__(
-        self, capacity: int, obs_size: int, action_size: int, n_step: int = 1, gamma: float = 0.99
-    ) -> None:
+    def __init__(self, capacity: int, obs_size: int, action_size: int, n_step: int = 1, gamma: float = 0.99) -> None:
         self.capacity, self.n_step, self.gamma = capacity, n_step, np.float32(gamma)
         self._obs = np.zeros((capacity, obs_size), np.float32)
         self._prev = np.zeros((capacity, action_size), np.float32)

@@ -114,9 +114,7 @@ def init(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> State:
 
 
 @partial(jax.jit, static_argnames="cfg")
-def act(
-    cfg: Config, params: Params, obs: jax.Array, prev_action: jax.Array, key: jax.Array | None = None
-) -> jax.Array:
+def act(cfg: Config, params: Params, obs: jax.Array, prev_action: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Action in [-1, 1] for (..., obs) and the executed previous action: the mean, or a sample with a key."""
     return _sample(cfg, params, obs, prev_action, key)[0]
 
@@ -146,9 +144,7 @@ def update(cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, 
         return (critic, target, opt), (loss, q)
 
     # the actor is constant until the critics are done: one forward pass for all mini-batches
-    next_action, next_log_prob = _sample(
-        cfg, state.actor, batches["next_obs"], batches["next_prev_action"], next_key
-    )
+    next_action, next_log_prob = _sample(cfg, state.actor, batches["next_obs"], batches["next_prev_action"], next_key)
     members = _subsets(cfg, subset_key, next_log_prob.shape[0])
     carry = (state.critic, state.target, state.critic_opt)
     inputs = (batches, next_action, next_log_prob, members)

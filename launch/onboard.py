@@ -56,9 +56,7 @@ class Policy:
         self._hidden = len(spec["hidden"])
         self._weights = {name: np.array(weights[name], np.float32) for name in shapes}
 
-    def act(
-        self, obs: np.ndarray, prev_action: np.ndarray, rng: np.random.Generator | None = None
-    ) -> np.ndarray:
+    def act(self, obs: np.ndarray, prev_action: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """(o,) observation and (a,) executed previous action -> (a,) float32 action in [-1, 1].
 
         Samples when an rng is given, otherwise takes the mean. With max_delta the action stays within

@@ -33,9 +33,7 @@ class RecordingEnv(gymnasium.Env):
     def _emit(self, now: float, reading: Reading, action: np.ndarray | None, outcome: Outcome, source: str) -> None:
         self._seq += 1
         ended = outcome.terminated, outcome.truncated
-        record = Record(
-            self._seq, now, reading, action, outcome.reward, *ended, source, self.version, outcome.events
-        )
+        record = Record(self._seq, now, reading, action, outcome.reward, *ended, source, self.version, outcome.events)
         for observer in self.on_record:
             observer(record)
 

@@ -113,9 +113,7 @@ class Sensor:
     since the last read.
     """
 
-    def __init__(
-        self, channel: Channel, noise: float = 0.0, combine: str = "last", jitter_s: float = JITTER_S
-    ) -> None:
+    def __init__(self, channel: Channel, noise: float = 0.0, combine: str = "last", jitter_s: float = JITTER_S) -> None:
         self.channel = channel
         self._noise, self._combine, self._jitter = noise, combine, jitter_s
         self._waiting: deque[tuple[float, float, np.ndarray]] = deque(maxlen=round(KEEP_S * channel.hz))
