@@ -80,5 +80,3 @@ class Fake:
     def _turn(self) -> float:
         return float(self._command[0] * math.tan(self._command[1]) / 0.3)  # rad/s
 
-
-fake_twin = Fake  # as the catalog calls a twin

@@ -32,7 +32,7 @@ class RobotRow:
 
 ROBOTS = {
     "car": RobotRow("tether.drivers.car", "tether.sim.car:CarTwin", None, "1/10 RC car, VESC and tracking camera"),
-    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:fake_twin", None, "a point on a plane, for tests"),
+    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, "a point on a plane, for tests"),
 }
 KINDS = {"course": "tether.robot_env.course:Course", "gym": "tether.robot_env.gym_env:GymTask"}
 ALGORITHMS = {"rlpd": "tether.agents.rlpd"}

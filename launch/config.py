@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -219,14 +220,10 @@ def read(run: str | Path, overrides: Iterable[str] = ()) -> tuple[Config, dict[s
 def revision() -> str:
     """The git revision of this package's checkout ("-dirty" when changed), or "unknown"."""
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():  # installed into somebody else's repository, theirs would say nothing
+    if not (root / ".git").exists() or not shutil.which("git"):  # somebody else's repository would say nothing
         return "unknown"
     question = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        answer = subprocess.run(question, cwd=root, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.stdout.strip()
+    return subprocess.run(question, cwd=root, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def new_folder(parent: str, name: str) -> Path:

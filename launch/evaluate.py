@@ -84,22 +84,17 @@ class Tally:
         """The keys of DESIGN's `eval` and `drive`, once the environment is closed."""
         p50, p99, worst = np.percentile(self.policy_ms, [50, 99, 100]).round(4).tolist()
         out: dict[str, Any] = {
-            "task": self.env.task.spec.name,
-            "episodes": len(self.returns),
-            "steps": self.episodes.steps,
-            "return_mean": float(np.mean(self.returns)),
-            "success_rate": float(np.mean(self.successes)),
+            "task": self.env.task.spec.name, "episodes": len(self.returns), "steps": self.episodes.steps,
+            "return_mean": float(np.mean(self.returns)), "success_rate": float(np.mean(self.successes)),
             "policy_ms": {"p50": p50, "p99": p99, "max": worst},
             "late": self.env.rate.late if isinstance(self.env, RobotEnv) else 0,
-        }
+        }  # fmt: skip
         if isinstance(self.env.task, Course):
             rows = (len(list(row)) for clean, row in itertools.groupby(self._clean) if clean)
             out |= {
-                "laps": len(self.laps),
-                "clean_laps": max(rows, default=0),
-                "contacts": self.contacts,
+                "laps": len(self.laps), "clean_laps": max(rows, default=0), "contacts": self.contacts,
                 "lap_time_s": {"median": self.median_s, "best": min(self.laps, default=None), "all": self.laps},
-            }
+            }  # fmt: skip
         return out
 
     def _see(self, record: Record) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..robot_env.record import Meta, Record, SegmentWriter, read_recording, read_streams
+from ..robot_env.record import Meta, SegmentWriter, read_recording, read_streams
 from ..robot_env.task import TaskSpec
 from . import catalog, config
 from .log import Log
@@ -32,15 +32,6 @@ class Job:
     start: str = ""  # a run whose weights to begin with
     resume: bool = False
     tensorboard: bool = False
-
-
-def read_prior(sources: Iterable[str]) -> list[list[Record]]:
-    """The streams of recordings and of runs' steps/. Raises RecordError."""
-    streams: list[tuple[Meta, list[Record]]] = []
-    for source in sources:
-        steps = Path(source) / "steps"
-        streams += read_streams(steps) if steps.is_dir() else [read_recording(source)]
-    return [records for _, records in streams]
 
 
 class Journal:
@@ -68,7 +59,10 @@ class Learner:
 
     def __init__(self, job: Job, log: Log) -> None:
         self.job, self.log = job, log
-        self.trainer = Trainer(catalog.make_task(job.spec), job.config, job.seed, read_prior(job.prior))
+        steps = [Path(source) / "steps" for source in job.prior]  # of a run; a recording has none
+        prior = [read_streams(s) if s.is_dir() else [read_recording(s.parent)] for s in steps]
+        experience = [records for streams in prior for _, records in streams]
+        self.trainer = Trainer(catalog.make_task(job.spec), job.config, job.seed, experience)
         self._first_lap = False
         self._saved = time.monotonic()
         self._version = 0

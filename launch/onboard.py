@@ -160,9 +160,9 @@ def _shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         raise BundleError(f"layer sizes {sizes!r}: 3 to 18 whole numbers from 1 to 65536")
     if not (delta is None or (type(delta) in (int, float) and 0 < delta <= 2)):
         raise BundleError(f"max_delta = {delta!r}: between 0 and 2, or null")
-    kernels = {f"dense{i}": (sizes[i], sizes[i + 1]) for i in range(len(inner))}
+    kernels: dict[str, tuple[int, ...]] = {f"dense{i}": (sizes[i], sizes[i + 1]) for i in range(len(inner))}
     kernels |= dict.fromkeys(("mean", "log_std"), (sizes[-2], sizes[-1]))
-    biases = {f"{layer}/bias": (width,) for layer, (_, width) in kernels.items()}
+    biases = {f"{layer}/bias": shape[1:] for layer, shape in kernels.items()}
     return {f"{layer}/kernel": shape for layer, shape in kernels.items()} | biases
 
 

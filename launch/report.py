@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..robot_env.gym_env import PREFIX
-from ..robot_env.record import SOURCES, Meta, Record, RecordError, read_recording
+from ..robot_env.record import SOURCES, Record, read_streams
 from ..robot_env.task import TaskError
 from . import catalog, config
 from .config import RunError
@@ -82,18 +82,13 @@ def _driven(steps: Path, notes: list[str]) -> dict[str, Any]:
     `begins` the first frame of each actor, `laps` [first frame or -1, end frame, s, clean], and `marks` the
     trouble met: [frame, what, set back by hand]. What is damaged goes to `notes` and is left out.
     """
-    streams: list[tuple[Meta, list[Record]]] = []
     damage: list[str] = []
-    for folder in sorted(p for p in steps.glob("*") if p.is_dir()):
-        try:
-            streams.append(read_recording(folder, damage.append))
-        except RecordError as error:
-            damage.append(str(error))
+    streams = read_streams(steps, damage.append)
     if damage:
         notes.append(f"{len(damage)} damaged place(s) in steps/ left out; the first: {damage[0]}")
     rows: list[tuple[float, ...]] = []
     begins, laps, marks = [], [], []
-    for _, records in sorted(streams, key=lambda stream: stream[0].created):
+    for _, records in streams:
         begins.append(len(rows))
         begun = -1
         for following, record in enumerate(records, len(rows) + 1):

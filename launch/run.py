@@ -66,7 +66,9 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
         try:
             learner = Learner(job, log)
             if not job.resume:  # only now is the folder's name taken
-                _save_config(job)
+                facts = {"task": job.spec.text, "name": job.spec.name, "seed": job.seed}
+                text = config.dump(job.config, **facts, prior=list(job.prior), **{"from": job.start})
+                (job.folder / "config.toml").write_text(text, encoding="utf-8")
                 config.point_latest(job.folder)
             log.note(f"run {job.folder}, learner at {learner.link.address}")
             if actor is not None and learner.trainer.steps < job.config.learner.steps:
@@ -84,12 +86,6 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
             if child and child.poll() is None:
                 child.terminate()
                 child.wait()
-
-
-def _save_config(job: Job) -> None:
-    facts = {"task": job.spec.text, "name": job.spec.name, "seed": job.seed}
-    facts |= {"prior": list(job.prior), "from": job.start}
-    (job.folder / "config.toml").write_text(config.dump(job.config, **facts), encoding="utf-8")
 
 
 def _split_cores() -> set[int] | None:

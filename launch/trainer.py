@@ -37,6 +37,8 @@ class Trainer:
         for i, records in enumerate(prior):
             for sample in samples(task, records):
                 self.prior.add((i, sample.part), sample)
+        # steps before the first update; with prior data updates begin at once
+        self.start_steps = 1 if len(self.prior) else config.learner.start_steps
         self.state = self._algorithm.init(self.agent, jax.random.key(seed), *sizes)
         self._rng = np.random.default_rng(seed)
         self._streams: dict[str, tuple[Fold, Episodes]] = {}
@@ -44,11 +46,6 @@ class Trainer:
         self.updates = 0
         self.update_s = 0.0  # spent in updates, sampling included
         self._metrics: dict[str, Any] = {}
-
-    @property
-    def start_steps(self) -> int:
-        """Steps before the first update; with prior data updates begin at once."""
-        return 1 if len(self.prior) else self.config.learner.start_steps
 
     @property
     def cursor(self) -> dict[str, int]:

@@ -283,12 +283,17 @@ def read_recording(path: str | Path, on_damage: Callable[[str], None] = _complai
 
 
 def read_streams(folder: str | Path, on_damage: Callable[[str], None] = _complain) -> list[tuple[Meta, list[Record]]]:
-    """The streams of a run's `steps/`, one sub-folder each, in the order they began. Raises RecordError.
+    """The streams of a run's `steps/`, one sub-folder each, in the order they began.
 
-    One that was never written to is left out.
+    One that was never written to is left out, and one that cannot be read, which `on_damage` is told.
     """
-    begun = sorted({path.parent for path in Path(folder).glob(f"*/*{SUFFIX}") if path.stat().st_size})
-    return sorted((read_recording(sub, on_damage) for sub in begun), key=lambda stream: stream[0].created)
+    streams = []
+    for sub in sorted({path.parent for path in Path(folder).glob(f"*/*{SUFFIX}") if path.stat().st_size}):
+        try:
+            streams.append(read_recording(sub, on_damage))
+        except RecordError as error:
+            on_damage(str(error))
+    return sorted(streams, key=lambda stream: stream[0].created)
 
 
 def _segments(folder: Path) -> list[Path]:
