@@ -124,6 +124,9 @@ def build() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the HTML file (default: RUN/report.html)")
 
+    keys = command("keys", "keys", "make and show the keys of the link, which it needs beyond this machine")
+    keys.add_argument("names", nargs="*", metavar="NAME", help="make the keys of an actor of this name")
+
     command("list", "catalog_list", "robots, tasks, algorithms, presets")
     return parser
 

@@ -129,6 +129,13 @@ def demo(options: Namespace) -> Said:
     return text, result
 
 
+def keys(options: Namespace) -> Said:
+    """The learner's keys and those of its actors."""
+    from .keys import make
+
+    return "\n".join(make(options.names)), {}
+
+
 def catalog_list(options: Namespace) -> Said:
     """What there is to choose from."""
     robots = [f"{name:12} {row.about}{'' if row.driver else ' (twin only)'}" for name, row in catalog.robots().items()]

@@ -42,6 +42,7 @@ class Stream:
 
     expected: int  # next sequence number
     meta: Meta | None = None
+    owner: str = ""  # the actor whose key it came with
     route: bytes = b""  # ROUTER identity of the actor's connection; empty: none
     run_until: int = 0
     told: dict[str, Any] | None = None  # what the last ACK said; None: one is due
@@ -160,12 +161,14 @@ class LearnerLink:
             stream = self._streams.get(name) or Stream(first)
             lines = self._spec.differences(meta)  # here: the learner
             possible = meta.stream == name and 1 <= first <= after >= stream.expected
+            possible = possible and stream.owner in ("", self._pump.peer)
             if not possible or len(self._streams) > MAX_STREAMS:
                 lines.append("this stream cannot go on here: start the actor again")
             if lines:
                 self._send(route, "REFUSE", "; ".join(lines).encode())
                 return
             stream.expected = max(stream.expected, first)  # what is lost is no reason to wait
+            stream.owner = self._pump.peer
             stream.meta, stream.route, stream.want, stream.told = meta, route, None, None
             stream.seen, stream.report = time.monotonic(), stream.report | {"state": "run"}
             self._streams[name] = stream
@@ -261,6 +264,8 @@ class ActorLink:
         """What the learner tells an actor. WireError when no learner answers."""
         if not self._pump.wait(lambda: self._open, timeout):
             remedy = f"start it with `tether learner TASK --bind {self.address}`"
+            if self._pump.locked:
+                remedy += "; if it runs, it has no key of this robot (`tether keys` there), or another one"
             raise WireError(f"no learner at {self.address} after {timeout:.0f} s: {remedy}")
         return wire.unpack(self._answer[1], dict, max_str_len=wire.MAX_BODY)
 
