@@ -40,10 +40,8 @@ class Camera:
         self._gl.make_current()
         mujoco.mj_kinematics(self._model, self._data)  # a step leaves the poses of its beginning behind
         mujoco.mj_camlight(self._model, self._data)
-        what = mujoco.mjtCatBit.mjCAT_ALL.value
-        mujoco.mjv_updateScene(
-            self._model, self._data, mujoco.MjvOption(), mujoco.MjvPerturb(), self._view, what, self._scene
-        )
+        option, what = mujoco.MjvOption(), mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(self._model, self._data, option, None, self._view, what, self._scene)
         pixels = np.empty((self._viewport.height, self._viewport.width, 3), np.uint8)
         mujoco.mjr_render(self._viewport, self._scene, self._context)
         mujoco.mjr_readPixels(pixels, None, self._viewport, self._context)
