@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax import lax
 
 from .networks import Actor, Critics, into, tanh_normal, window
@@ -161,13 +162,8 @@ def update(cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, 
     grad = jax.grad(lambda log_t: jnp.exp(log_t) * (entropy - goal))(state.log_temperature)
     log_temperature, temp_opt = _descend(cfg.temp_lr, grad, state.temp_opt, state.log_temperature)
 
-    metrics = {
-        "critic_loss": losses.mean(),
-        "actor_loss": loss,
-        "temperature": temperature,
-        "entropy": entropy,
-        "q_mean": values.mean(),
-    }
+    metrics = {"critic_loss": losses.mean(), "q_mean": values.mean(), "actor_loss": loss}
+    metrics |= {"temperature": temperature, "entropy": entropy}
     state = State(actor, average, critic, target, log_temperature, actor_opt, critic_opt, temp_opt, key)
     return state, metrics
 
@@ -182,11 +178,8 @@ def frozen(state: State) -> State:
 
 def policy_params(cfg: Config, state: State) -> dict[str, np.ndarray]:
     """The actor's weights for the onboard runtime: a copy, "dense0/kernel" (in, out), "mean/bias", ..."""
-    return {
-        f"{layer}/{name}": np.array(value, np.float32)  # a copy: update donates the original
-        for layer, values in state.actor.items()
-        for name, value in values.items()
-    }
+    # a copy: update donates the original
+    return {name: np.array(value, np.float32) for name, value in flatten_dict(state.actor, sep="/").items()}
 
 
 def policy_spec(cfg: Config, state: State) -> dict[str, Any]:

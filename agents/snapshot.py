@@ -1,6 +1,6 @@
 """Saved training state: written beside, verified, then renamed, so that a crash never costs the last one.
 
-    snapshots/000007/{task.safetensors, manifest.json}    snapshots/latest: the text "000007"
+    snapshots/000007/{task.safetensors, counters.json, sha256.json}    snapshots/latest: the text "000007"
 
 The experience itself is not in here; it is in the run's records.
 """
@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import numpy as np
 from safetensors.numpy import load as parse_arrays
 from safetensors.numpy import save as pack_arrays
 
-MANIFEST = "manifest.json"
+COUNTERS = "counters.json"
+SUMS = "sha256.json"  # of the other files
 LATEST = "latest"
 _TEMPORARY = ".writing-"
 _DAMAGED = (OSError, AttributeError, LookupError, TypeError, ValueError)  # as files that are not ours make them
@@ -38,22 +40,17 @@ class Snapshot:
     path: Path
     states: dict[str, Any]  # by policy name, shaped like the templates
     counters: dict[str, Any]
-    generators: dict[str, np.random.Generator]
     warning: str
 
 
 def save(
-    folder: str | os.PathLike[str],
-    states: Mapping[str, Any],
-    counters: Mapping[str, Any],
-    generators: Mapping[str, np.random.Generator],
-    keep: int = 3,
+    folder: str | os.PathLike[str], states: Mapping[str, Any], counters: Mapping[str, Any], keep: int = 3
 ) -> Path:
     """Write a snapshot into `folder`, point `latest` to it and remove all but the newest `keep`.
 
-    `states`: a pytree of arrays (PRNG keys too) for each policy name; `counters`: anything JSON holds;
-    `generators`: NumPy's default ones. Returns the snapshot's folder. Raises SnapshotError; whatever goes
-    wrong, the snapshots before stay as they are.
+    `states`: a pytree of arrays (PRNG keys too) for each policy name; `counters`: anything JSON holds, such
+    as the state of NumPy's default generator. Returns the snapshot's folder. Raises SnapshotError; whatever
+    goes wrong, the snapshots before stay as they are.
     """
     folder = Path(folder)
     try:
@@ -64,12 +61,8 @@ def save(
         temporary = folder / f"{_TEMPORARY}{name}"
         temporary.mkdir()
         files = {f"{policy}.safetensors": pack_arrays(_flatten(state)) for policy, state in states.items()}
-        manifest = {
-            "counters": dict(counters),
-            "generators": {name: generator.bit_generator.state for name, generator in generators.items()},
-            "files": {file: hashlib.sha256(payload).hexdigest() for file, payload in files.items()},
-        }
-        files[MANIFEST] = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode()
+        files[COUNTERS] = json.dumps(counters, indent=1).encode()
+        files[SUMS] = json.dumps({file: _sum(payload) for file, payload in files.items()}, indent=1).encode()
         for file, payload in files.items():
             _write(temporary / file, payload)
         _read(temporary)  # what is on the disk, not what should be
@@ -94,7 +87,7 @@ def load(folder: str | os.PathLike[str], templates: Mapping[str, Any]) -> Snapsh
     damaged: list[str] = []
     for path in _all(folder):
         try:
-            manifest, payloads = _read(path)
+            counters, payloads = _read(path)
         except _DAMAGED as error:
             damaged.append(f"{path.name} ({error})")
             continue
@@ -102,11 +95,8 @@ def load(folder: str | os.PathLike[str], templates: Mapping[str, Any]) -> Snapsh
         if payloads.keys() != set(files.values()):
             raise SnapshotError(f"{path} holds {sorted(payloads)}, this run needs {sorted(files.values())}")
         states = {k: _restore(f"{path}: {k}", t, payloads[files[k]]) for k, t in templates.items()}
-        generators = {k: np.random.default_rng() for k in manifest["generators"]}
-        for name, generator in generators.items():
-            generator.bit_generator.state = manifest["generators"][name]
         warning = f"damaged snapshots: {', '.join(damaged)}; using {path.name}" if damaged else ""
-        return Snapshot(path, states, manifest["counters"], generators, warning)
+        return Snapshot(path, states, counters, warning)
     if damaged:
         raise SnapshotError(f"{folder}: every snapshot is damaged: {', '.join(damaged)}; start a new run")
     return None
@@ -118,19 +108,17 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Manifest and payloads, all checked. Raises one of _DAMAGED."""
-    manifest = json.loads((path / MANIFEST).read_bytes())
-    if manifest.pop("sha256") != _digest(manifest):
-        raise ValueError(f"{MANIFEST} has another checksum")
-    payloads = {file: (path / file).read_bytes() for file in manifest["files"]}
+    """Counters and packed states, all checked. Raises one of _DAMAGED."""
+    sums = json.loads((path / SUMS).read_bytes())
+    payloads = {file: (path / file).read_bytes() for file in sums}
     for file, payload in payloads.items():
-        if hashlib.sha256(payload).hexdigest() != manifest["files"][file]:
+        if _sum(payload) != sums[file]:
             raise ValueError(f"{file} has another checksum")
-    return manifest, payloads
+    return json.loads(payloads.pop(COUNTERS)), payloads
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _sum(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()
 
 
 def _plain(leaf: Any) -> Any:
@@ -140,9 +128,8 @@ def _plain(leaf: Any) -> Any:
 
 def _flatten(state: Any) -> dict[str, np.ndarray]:
     """NumPy copies of all leaves by path: "critic_opt/0/mu/dense0_kernel"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {name: np.array(_plain(leaf)) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    named = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {named(path): np.array(_plain(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def _restore(where: str, template: Any, payload: bytes) -> Any:

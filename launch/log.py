@@ -29,30 +29,23 @@ SHOWN = {
 
 
 class Log:
-    """The outputs of one run. `total` (steps of the whole training) is for the ETA; use from one thread.
+    """The outputs of the run in `folder`. `total` (steps of the whole training) is for the ETA; use from one thread.
 
     `time_s` in metrics.jsonl is wall-clock since the start of the run and goes on where an earlier process
-    of the same run stopped. Without a folder there is progress only. Close it.
+    of the same run stopped. Close it.
     """
 
     def __init__(
-        self,
-        folder: str | Path | None,
-        total: int = 0,
-        stream: TextIO | None = None,
-        every_s: float | None = None,
-        tensorboard: bool = False,
+        self, folder: Path, total: int = 0, stream: TextIO | None = None, tensorboard: bool = False,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._stream = sys.stderr if stream is None else stream
         self._tty = self._stream.isatty()
-        self._every_s = (TTY_EVERY_S if self._tty else PLAIN_EVERY_S) if every_s is None else every_s
-        self._total, self._clock, self._start = total, clock, clock()
-        self._file: TextIO | None = None
-        self._board = _board(Path(folder)) if tensorboard and folder else None
-        if folder is not None:
-            self._start -= max((float(row.get("time_s") or 0.0) for row in read_metrics(folder)), default=0.0)
-            self._file = open(Path(folder) / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+        self._every_s = TTY_EVERY_S if self._tty else PLAIN_EVERY_S
+        spent_s = max((float(row.get("time_s") or 0.0) for row in read_metrics(folder)), default=0.0)
+        self._total, self._clock, self._start = total, clock, clock() - spent_s
+        self._board = _board(folder) if tensorboard else None
+        self._file = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
         self._shown = -math.inf
         self._block = ""  # what of the terminal is drawn over next time
         self._failed: set[str] = set()
@@ -66,10 +59,9 @@ class Log:
         self._newest |= finite
         if "env/lap_time_s" in finite:
             self._laps.append(finite["env/lap_time_s"])
-        if self._file:
-            row = {"step": int(step), "time_s": round(self._clock() - self._start, 3)}
-            line = json.dumps(row | dict.fromkeys(values) | finite)
-            self._try("metrics.jsonl", self._file.write, line + "\n")
+        row = {"step": int(step), "time_s": round(self._clock() - self._start, 3)}
+        line = json.dumps(row | dict.fromkeys(values) | finite)
+        self._try("metrics.jsonl", self._file.write, line + "\n")
         if self._board:
             for name, value in finite.items():
                 self._try("TensorBoard", self._board.add_scalar, name, value, int(step))
@@ -83,12 +75,11 @@ class Log:
         self._newest |= values or {}
         self._past.append((now, step, self._newest.get("learn/updates", 0.0)))
         text = " | ".join(self._parts(now, step))
-        if self._tty:
-            erase = self._erase()
-            self._block = textwrap.fill(text, shutil.get_terminal_size().columns - 1)
-            self._say(erase + self._block)
-        else:
-            self._say(text + "\n")
+        if not self._tty:
+            self.note(text)
+            return
+        erase, self._block = self._erase(), textwrap.fill(text, shutil.get_terminal_size().columns - 1)
+        self._say(erase + self._block)
 
     def note(self, text: str) -> None:
         """A line that stays: a first lap, a snapshot, an evaluation, a warning."""
@@ -122,7 +113,7 @@ class Log:
     def _erase(self) -> str:
         """What takes the drawn block off a terminal."""
         above = self._block.count("\n")
-        return "" if not self._tty else (f"\x1b[{above}F" if above else "\r") + "\x1b[J"
+        return ((f"\x1b[{above}F" if above else "\r") + "\x1b[J") if self._block else ""
 
     def _say(self, text: str) -> None:
         self._try("progress", self._stream.write, text)

@@ -104,7 +104,7 @@ class Trainer:
     def save(self, folder: Path) -> Path:
         """Write a snapshot into a run's snapshots/."""
         counters = {"steps": self.steps, "updates": self.updates, "cursor": self.cursor}
-        return snapshot.save(folder, {"task": self.state}, counters, {"replay": self._rng})
+        return snapshot.save(folder, {"task": self.state}, counters | {"replay_rng": self._rng.bit_generator.state})
 
     def load(self, folder: Path) -> tuple[dict[str, int], str]:
         """Go back to the newest intact snapshot: its cursor, and a warning when it was not the newest.
@@ -115,8 +115,8 @@ class Trainer:
         found = snapshot.load(folder, {"task": self.state})
         if found is None:
             return {}, ""
-        self.state, self._rng = found.states["task"], found.generators["replay"]
-        self.updates = found.counters["updates"]
+        self.state, self.updates = found.states["task"], found.counters["updates"]
+        self._rng.bit_generator.state = found.counters["replay_rng"]
         return found.counters["cursor"], found.warning
 
     def freeze(self) -> None:

@@ -21,7 +21,6 @@ WHEEL_RADIUS_M = 0.0488  # FastRLAP: wheel-centre height
 MOTOR_MPS2 = 9.0  # VESC: maximum acceleration (RACER); its smoother runs at 75 Hz, ours at 100 Hz
 WALL_HEIGHT_M, WALL_THICKNESS_M = 0.3, 0.05
 TOUCH_GAP_S = 0.5  # a touch after this long without is a new contact
-BUMPER_SOLREF, BUMPER_SOLIMP = (0.01, 1.0), (0.8, 0.95, 0.003, 0.5, 2.0)  # as in the model file
 GRAVITY_MPS2 = 9.81
 
 # Noise: accel and gyro of a hobby IMU on a vibrating chassis (UM7 class); velocity and pose of a tracking
@@ -32,7 +31,6 @@ SENSORS = {
 }
 
 MODEL = Path(__file__).parent / "models" / "car.xml"
-_WALL_BIT = 2  # as in the model file
 
 
 class CarTwin:
@@ -51,15 +49,14 @@ class CarTwin:
         model = build(walls)
         sensors = [Sensor(c, noise * SENSORS[c.name][0], SENSORS[c.name][1], noise * JITTER_S) for c in CHANNELS]
         self.world = World(model, sensors, self._control, self._measure, self._watch, seed, realtime)
-        self._is_wall = model.geom_contype == _WALL_BIT
+        self._is_wall = model.geom_matid == model.material("wall").id
         self._hubs = [int(model.joint(f"hub_{w}").dofadr[0]) for w in ("fl", "fr", "rl", "rr")]
         self._servo = int(model.joint("servo").qposadr[0])
-        self._open = False
-        self._target = COMMAND.safe
-        self._speed = 0.0  # setpoint of the motor controller, on its way to the target
-        self._velocity, self._sampled = np.zeros(3), 0.0  # world frame, at the last sample
-        self._contacts, self._touching, self._touched = 0, False, -math.inf
-        self._home = _at_rest()
+        self._open, self._contacts = False, 0
+        bare = build([])
+        standing = mujoco.MjData(bare)  # on its springs
+        mujoco.mj_step(bare, standing, round(2.0 / bare.opt.timestep))
+        self._home = standing.qpos.copy()
         self.place(start)
 
     def open(self) -> None:
@@ -80,7 +77,8 @@ class CarTwin:
 
     def stop(self) -> None:
         """Brake at once, wheels straight."""
-        self._target, self._speed = COMMAND.safe, COMMAND.safe[0]
+        self._target = COMMAND.safe
+        self._speed = COMMAND.safe[0]  # setpoint of the motor controller, on its way to the target
 
     def close(self) -> None:
         """Stop; `read` and `write` need another `open`."""
@@ -102,7 +100,7 @@ class CarTwin:
         qpos = self._home.copy()
         qpos[:2] = x, y
         qpos[3:7] = math.cos(heading / 2), 0.0, 0.0, math.sin(heading / 2)
-        self._velocity, self._sampled = np.zeros(3), -math.inf
+        self._velocity, self._sampled = np.zeros(3), -math.inf  # world frame, at the last sample
         self._touching, self._touched = False, -math.inf
         self.world.settle(qpos)
 
@@ -164,25 +162,16 @@ class CarTwin:
 def build(walls: Sequence[np.ndarray]) -> mujoco.MjModel:
     """The compiled car between `walls`: a box behind each segment."""
     spec = mujoco.MjSpec.from_file(str(MODEL))
+    like_a_wall = spec.find_default("wall")
     for wall in walls:
         for centre, half_length, angle in wall_boxes(np.asarray(wall, np.float64)):
             spec.worldbody.add_geom(
-                type=mujoco.mjtGeom.mjGEOM_BOX,
+                like_a_wall,
                 pos=[*centre, WALL_HEIGHT_M / 2],
                 size=[half_length, WALL_THICKNESS_M / 2, WALL_HEIGHT_M / 2],
                 quat=[math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)],
-                material="wall", contype=_WALL_BIT, conaffinity=0,
-                friction=[0.3, 0.005, 0.0001], solref=BUMPER_SOLREF, solimp=BUMPER_SOLIMP,
-            )  # fmt: skip
+            )
     return spec.compile()
-
-
-def _at_rest() -> np.ndarray:
-    """(nq,) the car standing on its springs on an open floor."""
-    model = build([])
-    data = mujoco.MjData(model)
-    mujoco.mj_step(model, data, round(2.0 / model.opt.timestep))
-    return data.qpos.copy()
 
 
 def wall_boxes(polyline: np.ndarray) -> list[tuple[np.ndarray, float, float]]:

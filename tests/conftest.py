@@ -1,10 +1,13 @@
-"""What every test and its child processes run under: one thread a library, JAX that refuses to broadcast."""
+"""What every test and its child processes run under (one thread a library, JAX that refuses to broadcast), and
+what several of them share."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import shutil
+import socket
+import sys
 import tempfile
 from importlib.util import find_spec
 
@@ -24,3 +27,39 @@ if find_spec("hypothesis"):
 
     settings.register_profile("tether", deadline=None)  # no test depends on how busy the machine is
     settings.load_profile("tether")
+
+TETHER = [sys.executable, "-m", "tether.launch.cli"]
+# a training that takes seconds
+SETTINGS = ["agent.hidden=[16,16]", "agent.utd=1", "agent.batch=32", "agent.ensemble=2", "learner.start_steps=10"]
+
+
+def flags(*settings: str) -> list[str]:
+    """Settings as options of the command line."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def square(robot: str = "fake", side_m: float = 10.0, episode_s: float = 60.0, hindsight: float = 0.0) -> str:
+    """A task file: anticlockwise round a square from the origin, a checkpoint in the middle of every side."""
+    d, half = side_m, side_m / 2
+    checkpoints = [f"[[checkpoint]]\nat = [{x}, {y}]\n" for x, y in ((half, 0.0), (d, half), (half, d), (0.0, half))]
+    return f"""
+[task]
+robot = "{robot}"
+kind = "course"
+hz = 10
+episode_s = {episode_s:g}
+hindsight = {hindsight}
+[course]
+width_m = 2.0
+centerline = [[0.0, 0.0], [{d}, 0.0], [{d}, {d}], [0.0, {d}]]
+{"".join(checkpoints)}"""
+
+
+FAKE = square(side_m=8.0, episode_s=6.0)
+
+
+def free_address() -> str:
+    """An address on this machine at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"

@@ -14,6 +14,8 @@ import pytest
 from tether.launch import actor, cli
 from tether.robot_env.record import read_recording
 
+from tests.conftest import FAKE, SETTINGS, TETHER, flags, free_address
+
 COMMANDS = (
     "demo",
     "run",
@@ -27,26 +29,7 @@ COMMANDS = (
     "report",
     "list",
 )
-TINY = ["agent.hidden=[16,16]", "agent.utd=1", "agent.batch=32", "agent.ensemble=2", "learner.start_steps=10"]
-TINY = [part for setting in TINY for part in ("--set", setting)]
-FAKE = """
-[task]
-robot = "fake"
-kind = "course"
-hz = 10
-episode_s = 6
-[course]
-width_m = 2.0
-centerline = [[0.0, 0.0], [8.0, 0.0], [8.0, 8.0], [0.0, 8.0]]
-[[checkpoint]]
-at = [4.0, 0.0]
-[[checkpoint]]
-at = [8.0, 4.0]
-[[checkpoint]]
-at = [4.0, 8.0]
-[[checkpoint]]
-at = [0.0, 4.0]
-"""
+TINY = flags(*SETTINGS)
 
 
 @pytest.fixture(autouse=True)
@@ -85,18 +68,7 @@ def trained(tmp_path_factory) -> Path:
     pytest.importorskip("jax")
     folder = tmp_path_factory.mktemp("trained")
     (folder / "fake.toml").write_text(FAKE)
-    command = [
-        sys.executable,
-        "-m",
-        "tether.launch.cli",
-        "run",
-        "fake.toml",
-        "--out",
-        "run",
-        "--steps",
-        "60",
-        *TINY,
-    ]
+    command = [*TETHER, "run", "fake.toml", "--out", "run", "--steps", "60", *TINY]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
     return folder / "run"
 
@@ -206,12 +178,8 @@ def test_a_task_file_that_cannot_be_used(command, old, new, says, capsys):
 
 def test_an_unreachable_learner(capsys, monkeypatch):
     monkeypatch.setattr(actor, "LEARNER_WAIT_S", 0.3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    assert f"start it with `tether learner TASK --bind {address}`" in refused(
-        capsys, "actor", "--learner", address
-    )
+    address = free_address()
+    assert f"start it with `tether learner TASK --bind {address}`" in refused(capsys, "actor", "--learner", address)
 
 
 def test_a_busy_port_leaves_the_runs_name_free(capsys):
@@ -272,17 +240,7 @@ def test_ctrl_c_ends_a_recording_as_a_whole(capsys, monkeypatch):
 
 
 def test_sigterm_stops_the_robot_and_closes_the_recording():
-    command = [
-        sys.executable,
-        "-m",
-        "tether.launch.cli",
-        "record",
-        "fake.toml",
-        "--out",
-        "lap",
-        "--laps",
-        "100000",
-    ]
+    command = [*TETHER, "record", "fake.toml", "--out", "lap", "--laps", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "lap 1 of" in process.stderr.readline()

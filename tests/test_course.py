@@ -17,30 +17,13 @@ from tether.robot_env.course import Course
 from tether.robot_env.env import RobotEnv
 from tether.robot_env.task import TaskError, parse
 
-SQUARE = """
-[task]
-robot = "car"
-kind = "course"
-hz = 10
-episode_s = 60
-hindsight = {hindsight}
-[course]
-width_m = 2.0
-centerline = [[0.0, 0.0], [10.0, 0.0], [10.0, 10.0], [0.0, 10.0]]
-[[checkpoint]]
-at = [5.0, 0.0]
-[[checkpoint]]
-at = [10.0, 5.0]
-[[checkpoint]]
-at = [5.0, 10.0]
-[[checkpoint]]
-at = [0.0, 5.0]
-"""
+from tests.conftest import square
+
 REST = np.zeros(2, np.float32)
 
 
 def make(hindsight: float = 0.0) -> Course:
-    return Course(parse(SQUARE.format(hindsight=hindsight), "square"), CHANNELS, COMMAND)
+    return Course(parse(square("car", hindsight=hindsight), "square"), CHANNELS, COMMAND)
 
 
 def reading(x=0.0, y=0.0, heading=0.0, v=(0.0, 0.0), up=9.81, shock=0.0, time=0.0) -> Reading:
@@ -188,7 +171,7 @@ def test_the_line_stays_between_the_walls_also_where_its_points_are_far_apart():
 def test_a_robot_without_the_channels_is_refused():
     with pytest.raises(TaskError, match="no channel shock"):
         Course(
-            parse(SQUARE.format(hindsight=0), "square"),
+            parse(square("car"), "square"),
             tuple(c for c in CHANNELS if c.name != "shock"),
             COMMAND,
         )

@@ -17,24 +17,7 @@ from tether.robot_env.safety import Gate, SafetyError
 from tether.robot_env.sample import Fold
 from tether.robot_env.task import Outcome, parse
 
-TASK = """
-[task]
-robot = "fake"
-kind = "course"
-hz = 10
-episode_s = {episode_s}
-[course]
-width_m = 2.0
-centerline = [[0.0, 0.0], [10.0, 0.0], [10.0, 10.0], [0.0, 10.0]]
-[[checkpoint]]
-at = [5.0, 0.0]
-[[checkpoint]]
-at = [10.0, 5.0]
-[[checkpoint]]
-at = [5.0, 10.0]
-[[checkpoint]]
-at = [0.0, 5.0]
-"""
+from tests.conftest import square
 
 
 class Hardware:
@@ -53,7 +36,7 @@ class Hardware:
 
 
 def make(robot, episode_s: float = 60.0) -> tuple[RobotEnv, list[Record]]:
-    task = catalog.make_task(parse(TASK.format(episode_s=episode_s), "square"))
+    task = catalog.make_task(parse(square(episode_s=episode_s), "square"))
     env = RobotEnv(
         robot, task, Gate(robot.command, catalog.limits(task.spec)), Rate(10, robot.now, robot.sleep)
     )

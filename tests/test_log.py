@@ -112,9 +112,9 @@ def test_a_closed_terminal_is_no_error(tmp_path):
     assert len(read_metrics(tmp_path)) == 1
 
 
-def test_progress_says_what_a_person_wants_to_know():
+def test_progress_says_what_a_person_wants_to_know(tmp_path):
     clock, stream = Clock(), io.StringIO()
-    out = Log(None, total=12_000, stream=stream, every_s=5, clock=clock)
+    out = Log(tmp_path, total=12_000, stream=stream, clock=clock)
     out.show(0)
     clock.now += 20
     for lap in (31.2, 22.04):
@@ -135,10 +135,10 @@ def test_progress_says_what_a_person_wants_to_know():
     assert third.startswith("0:07:01 | step 1,100/12,000 | 2.61 steps/s") and third.endswith("ETA 1:09:31")
 
 
-def test_progress_is_drawn_over_on_a_terminal_and_notes_stay(monkeypatch):
+def test_progress_is_drawn_over_on_a_terminal_and_notes_stay(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     clock, stream = Clock(), Terminal()
-    out = Log(None, total=100, stream=stream, clock=clock)
+    out = Log(tmp_path, total=100, stream=stream, clock=clock)
     for step in range(1, 4):
         out.show(step, {"learn/utd": 1, "env/resets": step, "env/interventions": 0})
         if step == 2:

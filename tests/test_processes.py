@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -21,6 +19,8 @@ from tether.launch import catalog, cli, config
 from tether.launch.config import RunError
 from tether.robot_env.record import Record, read_streams
 
+from tests.conftest import FAKE, SETTINGS, TETHER, flags, free_address
+
 jax = pytest.importorskip("jax")
 
 from tether.launch.learner import Job  # noqa: E402
@@ -28,27 +28,8 @@ from tether.launch.run import job_of  # noqa: E402
 from tether.launch.trainer import Trainer  # noqa: E402
 
 PATIENCE = 120.0  # s, for what is awaited; never for what is asserted
-SETTINGS = ["agent.hidden=[16,16]", "agent.utd=1", "agent.batch=32", "agent.ensemble=2", "learner.start_steps=10",
-            "learner.snapshot_every_s=1.0"]  # fmt: skip
-TINY = [part for setting in SETTINGS for part in ("--set", setting)]
-FAKE = """
-[task]
-robot = "fake"
-kind = "course"
-hz = 10
-episode_s = 6
-[course]
-width_m = 2.0
-centerline = [[0.0, 0.0], [8.0, 0.0], [8.0, 8.0], [0.0, 8.0]]
-[[checkpoint]]
-at = [4.0, 0.0]
-[[checkpoint]]
-at = [8.0, 4.0]
-[[checkpoint]]
-at = [4.0, 8.0]
-[[checkpoint]]
-at = [0.0, 4.0]
-"""
+SETTINGS = [*SETTINGS, "learner.snapshot_every_s=1.0"]
+TINY = flags(*SETTINGS)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +42,7 @@ def here(tmp_path, monkeypatch):
 def tether(*arguments: object):
     """A process of ours, its output in a file; killed at the end if it has not ended."""
     log = open(f"{arguments[0]}-{time.monotonic_ns()}.log", "w+")
-    command = [sys.executable, "-m", "tether.launch.cli", *map(str, arguments)]
+    command = [*TETHER, *map(str, arguments)]
     process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         yield process
@@ -70,7 +51,7 @@ def tether(*arguments: object):
             process.kill()
         process.wait()
         log.seek(0)
-        print(f"--- {' '.join(command[2:])}\n{log.read()}")
+        print(f"--- {' '.join(command[len(TETHER) :])}\n{log.read()}")
         log.close()
 
 
@@ -120,12 +101,6 @@ def restored() -> Trainer:
     streams = each_once_and_in_order()
     assert cursor == {stream: len(records) for stream, records in streams.items()}
     return trainer
-
-
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
 # --- processes

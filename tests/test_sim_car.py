@@ -85,9 +85,6 @@ def test_compiled_model_has_the_numbers_of_the_sources():
     assert motor.ctrlrange[1] == MOTOR_MPS
     assert m.tendon_num[0] == 4 and m.wrap_prm[:4] == pytest.approx(car.WHEEL_RADIUS_M / 4)
     assert m.pair_friction[:, :2] == pytest.approx(FRICTION)
-    for geom in ("bumper_left", "bumper_front"):
-        assert m.geom(geom).solref == pytest.approx(car.BUMPER_SOLREF)
-        assert m.geom(geom).solimp == pytest.approx(car.BUMPER_SOLIMP)
     data = mujoco.MjData(m)
     mujoco.mj_forward(m, data)
     chassis = m.body("chassis").id
@@ -95,6 +92,15 @@ def test_compiled_model_has_the_numbers_of_the_sources():
     left, front = m.geom("bumper_left"), m.geom("bumper_front")
     assert 2 * (left.pos[1] + left.size[0]) == pytest.approx(WIDTH_M)
     assert 2 * (front.pos[0] + front.size[0]) == pytest.approx(LENGTH_M)
+
+
+def test_walls_are_as_hard_as_the_bumpers_and_meet_nothing_else():
+    m = car.build([ROOM])
+    walls, bumper = np.flatnonzero(m.geom_contype == 2), m.geom("bumper_left")
+    assert len(walls) == 4 and (m.geom_type[walls] == mujoco.mjtGeom.mjGEOM_BOX).all()
+    assert (m.geom_conaffinity[walls] == 0).all() and bumper.conaffinity[0] & 2
+    for numbers in ("solref", "solimp", "friction"):
+        assert (getattr(m, f"geom_{numbers}")[walls] == getattr(bumper, numbers)).all()
 
 
 def test_steering_follows_ackermann():

@@ -23,6 +23,8 @@ from tether.launch.transport import ActorLink, LearnerLink, Spool
 from tether.launch.wire import WireError
 from tether.robot_env.record import Meta, Record, RecordError, encode
 
+from tests.conftest import free_address
+
 CHANNELS = (Channel("pose", 2, "m", 50, 0.05, (1.0, 1.0)),)
 COMMAND = Command(("v",), ("m/s",), (-1.0,), (1.0,), (-1.0,), (1.0,), (5.0,), (0.0,))
 ANY = "tcp://127.0.0.1:*"
@@ -97,12 +99,6 @@ def collect(link, count):
 
 def seqs(found, stream=None):
     return [record.seq for name, record in found if stream in (None, name)]
-
-
-def free_address():
-    with sockets.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def hello(meta, first=1, after=1, **changes):
