@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,11 @@ from ..robot_env.record import Record, encode
 from . import catalog
 from .evaluate import practise
 from .onboard import Policy
+from .spool import Spool, left_behind
 from .transport import ActorLink
 from .wire import WireError
 
+SPOOL = "~/.local/state/tether/spool"
 STATUS_EVERY_S = 0.5
 LEARNER_WAIT_S = 60.0  # a learner that is being started takes a while to answer
 
@@ -94,10 +98,20 @@ class Pilot:
         self._link.send(record.seq, encode(record))
         self.steps += record.action is not None
         self._report()
+        if record.action is None and self._link.full:
+            self._pause()
         while self._lockstep and not self._link.wait_run_until(self.steps + 1, timeout=0.5) and not self._stopped():
             pass
         if record.source == "reset" and self._stopped():
             raise Leave
+
+    def _pause(self) -> None:
+        """Stand still until the spool has room again: records are never dropped."""
+        if isinstance(self._env, RobotEnv):
+            self._env.robot.stop()
+        print("actor: paused, the spool is full or cannot be written", file=sys.stderr)
+        while self._link.full and not self._stopped():
+            time.sleep(0.2)
 
     def _report(self) -> None:
         """Tell the learner, now and then, how the loop does."""
@@ -115,11 +129,28 @@ class Pilot:
         self._link.report(stats)
 
 
+def deliver(address: str, folder: Path) -> None:
+    """Bring the learner what actors that are gone left in the spool. What it does not take stays there."""
+    with left_behind(folder) as found:
+        for where, meta, spool in found:
+            link = ActorLink(address)
+            try:
+                link.begin(meta, spool=spool)
+            except WireError as error:
+                print(f"warning: {where} stays where it is: {error}", file=sys.stderr)
+            link.close(LEARNER_WAIT_S)
+        for where in {where for where, _, _ in found} - {where for where, _, spool in found if len(spool)}:
+            shutil.rmtree(where)
+
+
 def serve(
     address: str, task: str | None = None, real: bool = False, seed: int | None = None,
-    realtime: bool = False, view: bool = False, parent: int | None = None,
+    realtime: bool = False, view: bool = False, parent: int | None = None, spool: str | None = None,
 ) -> str:
     """One actor: ask the learner what there is to do, drive until told to stop. Returns what to say of it.
+
+    Records wait in the folder `spool` (default: SPOOL) until the learner has them; what earlier actors left there
+    is delivered first.
 
     `parent`: process id of the `tether run` that it must not outlive. Raises WireError, DriverError or TaskError
     with one line when it cannot begin.
@@ -141,7 +172,10 @@ def serve(
             env = catalog.make_env(catalog.make_task(spec), real, seed, realtime, view)
             if isinstance(env, RobotEnv):
                 env.auto_reset = bool(orders["auto_reset"])
-            link.begin(catalog.stream_meta(spec))
+            parent_folder = Path(spool or SPOOL).expanduser()
+            deliver(address, parent_folder)
+            meta = catalog.stream_meta(spec)
+            link.begin(meta, spool=Spool(parent_folder / meta.stream, meta))
             lockstep = not (real or realtime)
             pilot = Pilot(env, link, stopped, orders["policy"], int(orders["random_steps"]), seed, lockstep)
             with suppress(Leave):

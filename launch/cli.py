@@ -88,6 +88,7 @@ def build() -> argparse.ArgumentParser:
     actor = command("actor", "actor", "the actor alone: the twin, or with --real the hardware")
     actor.add_argument("task", nargs="?", help="refuse a learner of another task (default: the learner says)")
     actor.add_argument("--learner", default="tcp://127.0.0.1:5555", help="the learner's address (default: %(default)s)")
+    actor.add_argument("--spool", help="where records wait for the learner (default: ~/.local/state/tether/spool)")
     actor.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end with this process
     actor.add_argument("--seed", type=_from(0), help="of exploration and the twin (default: the learner's)")
     _real(actor)

@@ -38,7 +38,7 @@ def actor(options: Namespace) -> Said:
     from .actor import serve
 
     chosen = options.learner, options.task, options.real, options.seed, options.realtime, options.view
-    return serve(*chosen, parent=options.parent), {}
+    return serve(*chosen, parent=options.parent, spool=options.spool), {}
 
 
 def record(options: Namespace) -> Said:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..robot_env.record import Meta, SegmentWriter, read_recording, read_streams
+from ..robot_env.record import Meta, RecordError, SegmentWriter, read_recording, read_streams
 from ..robot_env.task import TaskSpec
 from . import catalog, config
 from .log import Log
@@ -38,15 +38,25 @@ class Journal:
     """The run's steps/: one folder a stream, written before anything is acknowledged."""
 
     def __init__(self, folder: Path) -> None:
+        self.trouble = ""  # why the last records are not on the disk
         self._folder = folder
         self._writers: dict[str, SegmentWriter] = {}
 
-    def __call__(self, meta: Meta, first_seq: int, payloads: list[bytes]) -> None:
-        """Append records of one stream; runs in the link's thread."""
-        if meta.stream not in self._writers:
-            self._writers[meta.stream] = SegmentWriter(self._folder / meta.stream, meta)
-        for i, payload in enumerate(payloads):
-            self._writers[meta.stream].append(first_seq + i, payload)
+    def __call__(self, meta: Meta, first_seq: int, payloads: list[bytes]) -> int:
+        """Put records of one stream on the disk, as many as fit, and return how many; in the link's thread."""
+        stored = 0
+        try:
+            if meta.stream not in self._writers:
+                self._writers[meta.stream] = SegmentWriter(self._folder / meta.stream, meta)
+            for payload in payloads:
+                self._writers[meta.stream].append(first_seq + stored, payload)
+                stored += 1
+            self.trouble = ""
+        except RecordError as error:
+            self.trouble = str(error)
+        if stored:
+            self._writers[meta.stream].sync()
+        return stored
 
     def close(self) -> None:
         """Let go of the files."""
@@ -64,6 +74,7 @@ class Learner:
         experience = [records for streams in prior for _, records in streams]
         self.trainer = Trainer(catalog.make_task(job.spec), job.config, job.seed, experience)
         self._first_lap = False
+        self._trouble = ""  # as last told
         self._saved = time.monotonic()
         self._version = 0
         expected = self._begin()
@@ -114,6 +125,9 @@ class Learner:
         for stream in self.link.status():
             self.link.set_run_until(stream, self.trainer.stream_steps(stream) + settings.max_lead)
         self.log.show(self.trainer.steps, {"learn/updates": self.trainer.updates})
+        if self.journal.trouble != self._trouble:
+            self._trouble = self.journal.trouble
+            self._warn(f"{self._trouble}, until then nothing is acknowledged" if self._trouble else "stored again")
         if time.monotonic() - self._saved > settings.snapshot_every_s:
             self._saved = time.monotonic()
             self.trainer.save(self.job.folder / "snapshots")
@@ -133,6 +147,9 @@ class Learner:
         self._version = max(self._version + 1, self.trainer.steps)
         self.link.publish(self._version, self.trainer.policy())
 
+    def _warn(self, text: str) -> None:
+        self.log.note(f"warning: {text}")
+
     def _begin(self) -> dict[str, int]:
         """Take the weights to begin with, and of a resumed run its snapshot and steps/. Returns the next
         sequence number of every stream."""
@@ -140,7 +157,7 @@ class Learner:
         if self.job.start and not cursor:
             warning = self.trainer.start_from(Path(self.job.start) / "snapshots")
         if warning:
-            self.log.note(f"warning: {warning}")
+            self._warn(warning)
         expected = {}
         for meta, records in read_streams(self.job.folder / "steps") if self.job.resume else ():
             for record in records:

@@ -72,7 +72,7 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
                 config.point_latest(job.folder)
             log.note(f"run {job.folder}, learner at {learner.link.address}")
             if actor is not None and learner.trainer.steps < job.config.learner.steps:
-                child = _spawn_actor(learner.link.address, actor, cores)
+                child = _spawn_actor(learner.link.address, [*actor, "--spool", str(job.folder / "spool")], cores)
             result = learner.run(stopped)
             if child and child.wait(ACTOR_GRACE_S) and stopped() == ACTOR_ENDED:
                 kept = f"what it had sent is kept in {job.folder}, go on with --resume"

@@ -24,6 +24,7 @@ import zmq
 from ..robot_env.record import Meta, Record, decode
 from . import wire
 from .pump import Pump
+from .spool import Spool
 from .wire import Malformed, Message, Params, VersionError, WireError
 
 WINDOW = 256  # records sent and not acknowledged
@@ -31,7 +32,6 @@ GO_BACK_S = 1.0
 BEAT_S = 0.5  # between two STATUS, or two HELLO
 GONE_S = 5.0  # an actor silent for so long does not count as connected
 MAX_STREAMS = 1024  # in a learner's life
-MAX_SPOOL = 200_000  # records an actor keeps while the learner is away
 MAX_QUEUED = 8192  # records the learner's main thread may lag behind
 NOBODY = "0" * 16  # stands in for the stream of an actor that asks what there is to do
 
@@ -61,15 +61,15 @@ class Stream:
 class LearnerLink:
     """The learner's end. Actors come and go; each stream's records are given out in order, each once.
 
-    `journal(meta, first_seq, payloads)` stores records before they are acknowledged; it runs in the network
-    thread. `expected` maps stream -> next sequence number, to go on with streams of an earlier life.
-    `spec` is the description actors must agree with, `welcome` what they are told when they ask.
+    `journal(meta, first_seq, payloads)` stores records before they are acknowledged and returns how many it
+    could; it runs in the network thread. `expected` maps stream -> next sequence number, to go on with streams of
+    an earlier life. `spec` is the description actors must agree with, `welcome` what they are told when they ask.
     Every call raises WireError, also for an error of the thread.
     """
 
     def __init__(
         self, bind: str, spec: Meta, welcome: Mapping[str, Any],
-        journal: Callable[[Meta, int, list[bytes]], None], expected: Mapping[str, int],
+        journal: Callable[[Meta, int, list[bytes]], int], expected: Mapping[str, int],
     ) -> None:
         self._spec, self._welcome, self._journal = spec, msgpack.packb(welcome), journal
         self._streams = {name: Stream(seq) for name, seq in expected.items()}
@@ -193,48 +193,10 @@ class LearnerLink:
         records = [decode(payload) for payload in new]
         if any(record.seq != seq for seq, record in enumerate(records, due)):
             raise Malformed("a record under another number")
-        try:
-            self._journal(meta, due, new)
-        except Exception as error:  # comes back from the next call; nothing is acknowledged
-            raise WireError(str(error)) from error
-        stream.expected += len(new)
-        stream.received += len(new)
-        self._queue.extend((meta.stream, record) for record in records)
-
-
-class Spool:
-    """The records of an actor that are not acknowledged, in memory. One thread appends, one sends and forgets."""
-
-    def __init__(self) -> None:
-        self.first = 1  # sequence number of the oldest record kept
-        self.next_seq = 1  # of the next one
-        self._payloads: dict[int, bytes] = {}
-
-    def __len__(self) -> int:
-        return self.next_seq - self.first
-
-    def append(self, seq: int, payload: bytes) -> None:
-        """Keep a record. Raises WireError when it is out of order or one too many."""
-        if seq != self.next_seq or len(self) >= MAX_SPOOL:
-            raise WireError(f"record {seq} came where {self.next_seq} was due, or more than {MAX_SPOOL} wait")
-        self._payloads[seq] = payload
-        self.next_seq += 1  # last: from here on it is there for the other thread
-
-    def ack(self, seq: int) -> None:
-        """Forget the records up to `seq`."""
-        while self.first <= min(seq, self.next_seq - 1):
-            del self._payloads[self.first]
-            self.first += 1
-
-    def batch(self, seq: int) -> list[bytes]:
-        """The records from `seq` on that fit one message."""
-        found, room = [], wire.MAX_BODY
-        for number in range(seq, min(seq + wire.MAX_BATCH, self.next_seq)):
-            room -= len(self._payloads[number]) + 8  # as msgpack frames it
-            if room < 0:
-                break
-            found.append(self._payloads[number])
-        return found
+        stored = self._journal(meta, due, new)
+        stream.expected += stored
+        stream.received += stored
+        self._queue.extend((meta.stream, record) for record in records[:stored])
 
 
 class ActorLink:
@@ -269,8 +231,12 @@ class ActorLink:
             raise WireError(f"no learner at {self.address} after {timeout:.0f} s: {remedy}")
         return wire.unpack(self._answer[1], dict, max_str_len=wire.MAX_BODY)
 
-    def begin(self, meta: Meta, timeout: float = 10.0) -> None:
-        """Open the stream `meta`. WireError with the differences when the learner refuses it."""
+    def begin(self, meta: Meta, timeout: float = 10.0, spool: Spool | None = None) -> None:
+        """Open the stream `meta`, whose records wait in `spool` (default: in memory).
+
+        WireError with the differences when the learner refuses it.
+        """
+        self._spool = spool or self._spool
         self._hello, self._beat_at = (meta.stream, meta.to_json()), 0.0
         self._pump.wake()
         self.start(timeout)
@@ -301,7 +267,13 @@ class ActorLink:
     def close(self, timeout: float = 5.0) -> int:
         """Deliver what is left, for at most `timeout` s, and end. Returns the records not delivered."""
         self._pump.close(timeout)
+        self._spool.close()
         return len(self._spool)
+
+    @property
+    def full(self) -> bool:
+        """Whether the spool asks for a pause."""
+        return self._spool.full
 
     @property
     def _open(self) -> bool:

@@ -213,6 +213,10 @@ class SegmentWriter:
         self._write(_RECORD, seq, payload)
         self._count += 1
 
+    def sync(self) -> None:
+        """Wait until what was written so far survives a loss of power."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Let go of the file. Idempotent."""
         self._file.close()
@@ -222,7 +226,8 @@ class SegmentWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             last = max((int(path.stem) for path in _segments(self.folder)), default=0)
-            self._file = open(self.folder / f"{last + 1:08d}{SUFFIX}", "ab", buffering=0)
+            self.path = self.folder / f"{last + 1:08d}{SUFFIX}"  # of the segment that grows
+            self._file = open(self.path, "ab", buffering=0)
         except OSError as error:
             raise RecordError(f"{self.folder} cannot be written: {error.strerror}; choose another") from None
         self._write(_META, 0, self.meta.to_json())

@@ -169,7 +169,7 @@ def test_secrets_are_for_their_owner_alone(tmp_path, monkeypatch):
 def test_a_stream_belongs_to_the_key_it_came_with(homes):
     meta = Meta.of("car", "the task", 10, CHANNELS, COMMAND)
     homes("learner")
-    learner = LearnerLink("tcp://127.0.0.1:*", meta, {"task": "the task"}, lambda *_: None, {})
+    learner = LearnerLink("tcp://127.0.0.1:*", meta, {"task": "the task"}, lambda _, first, rows: len(rows), {})
     links = []
     try:
         for name in ("car", "dog"):

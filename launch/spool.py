@@ -1,0 +1,132 @@
+"""Records on their way to the learner: on the actor's disk until the learner has them on its own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..robot_env.record import Meta, RecordError, SegmentWriter, encode, read_recording
+from . import wire
+from .wire import WireError
+
+BUDGET = 1 << 30  # bytes of records that may wait
+PAUSE_AT = 0.8  # share of it at which the robot should pause at the end of an episode
+
+
+class Spool:
+    """The records of one stream that are not acknowledged. One thread appends, one sends and forgets.
+
+    With a `folder` they are in its segments too, from before they are sent; segments whose records are all
+    acknowledged are removed, and the folder with the last of them. A disk that is full costs this: what no
+    longer fits is in memory alone, and `trouble` says so.
+    """
+
+    def __init__(self, folder: Path | None = None, meta: Meta | None = None, first: int = 1) -> None:
+        self.first = self.next_seq = first  # sequence numbers of the oldest record kept and of the next one
+        self.trouble = ""  # why records are not on the disk
+        self._payloads: dict[int, bytes] = {}
+        self._came = self._gone = 0  # bytes, each counted by one thread
+        self._ends: dict[Path, int] = {}  # the newest record of each segment
+        self._writer: SegmentWriter | None = None
+        if folder is not None and meta is not None:
+            self._writer = SegmentWriter(folder, meta)
+            self._lock = _lock(folder)
+
+    def __len__(self) -> int:
+        return self.next_seq - self.first
+
+    @property
+    def full(self) -> bool:
+        """Whether it is time to pause: it is nearly full, or what waits is not on the disk."""
+        return bool(self.trouble and len(self)) or self._came - self._gone > PAUSE_AT * BUDGET
+
+    def append(self, seq: int, payload: bytes) -> None:
+        """Keep a record. Raises WireError when it is out of order or one too many."""
+        if seq != self.next_seq:
+            raise WireError(f"record {seq} came where {self.next_seq} was due")
+        if self._came - self._gone + len(payload) > BUDGET:
+            raise WireError(f"{len(self)} records wait for the learner, and no more fit the spool")
+        if self._writer is not None:
+            try:
+                self._writer.append(seq, payload)
+                self._ends[self._writer.path], self.trouble = seq, ""
+            except RecordError as error:
+                self.trouble = str(error)
+        self._came += len(payload)
+        self._payloads[seq] = payload
+        self.next_seq += 1  # last: from here on it is there for the other thread
+
+    def ack(self, seq: int) -> None:
+        """Forget the records up to `seq`."""
+        while self.first <= min(seq, self.next_seq - 1):
+            self._gone += len(self._payloads.pop(self.first))
+            self.first += 1
+        for path, end in list(self._ends.items()):
+            if end < self.first and self._writer is not None and path != self._writer.path:
+                path.unlink()
+                del self._ends[path]
+
+    def batch(self, seq: int) -> list[bytes]:
+        """The records from `seq` on that fit one message."""
+        found, room = [], wire.MAX_BODY
+        for number in range(seq, min(seq + wire.MAX_BATCH, self.next_seq)):
+            room -= len(self._payloads[number]) + 8  # as msgpack frames it
+            if room < 0:
+                break
+            found.append(self._payloads[number])
+        return found
+
+    def close(self) -> None:
+        """Let go of the folder; with nothing left to deliver it is removed. Idempotent."""
+        if self._writer is not None:
+            self._writer.close()
+            os.close(self._lock)
+            if not len(self):
+                shutil.rmtree(self._writer.folder)
+            self._writer = None
+
+
+@contextmanager
+def left_behind(parent: Path) -> Iterator[list[tuple[Path, Meta, Spool]]]:
+    """What actors that are gone did not deliver: (folder, meta, spool) of each unbroken row of records.
+
+    While in the context nobody else takes them. What is damaged is named on standard error and left out.
+    """
+    found, locks = [], []
+    for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
+        with suppress(BlockingIOError):  # its actor lives
+            locks.append(_lock(folder))
+            try:
+                meta, records = read_recording(folder)
+            except RecordError as error:
+                print(f"warning: {error}", file=sys.stderr)
+                continue
+            spool: Spool | None = None
+            for record in records:
+                if spool is None or record.seq != spool.next_seq:  # the first, or the first after a gap
+                    spool = Spool(first=record.seq)
+                    found.append((folder, meta, spool))
+                spool.append(record.seq, encode(record))
+            if not records:
+                shutil.rmtree(folder)
+    try:
+        yield found
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that holds `folder` until it is closed, or its process is gone. BlockingIOError if held."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    return descriptor
