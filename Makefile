@@ -17,6 +17,7 @@ test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/bench
+	$(BIN)/python -m pytest -m bench
 	$(BIN)/python tests/bench/run.py
 
 accept: $(VENV)/demo

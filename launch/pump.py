@@ -19,10 +19,12 @@ from .wire import Malformed, WireError
 
 LINGER_MS = 300  # for the last messages at close
 TICK_MS = 50  # at most between two turns
+# No ZMTP heartbeats: libzmq 4.3.5 aborts the process when one is due while a dead peer's messages wait to be read
+# (zeromq/libzmq#4364). The kernel notices a dead peer, and the actor a silent one.
 OPTIONS = {
     zmq.MAXMSGSIZE: 1 << 20, zmq.SNDHWM: 64, zmq.RCVHWM: 64, zmq.LINGER: 0, zmq.HANDSHAKE_IVL: 3000,
-    zmq.HEARTBEAT_IVL: 500, zmq.HEARTBEAT_TIMEOUT: 1500, zmq.HEARTBEAT_TTL: 2000, zmq.RECONNECT_IVL: 100,
-    zmq.RECONNECT_IVL_MAX: 2000, zmq.TCP_KEEPALIVE: 1,
+    zmq.CONNECT_TIMEOUT: 2000, zmq.RECONNECT_IVL: 100, zmq.RECONNECT_IVL_MAX: 2000, zmq.TCP_MAXRT: 2000,
+    zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 2, zmq.TCP_KEEPALIVE_INTVL: 1, zmq.TCP_KEEPALIVE_CNT: 3,
 }
 
 
@@ -82,6 +84,11 @@ class Pump:
                 raise
             return False
         return True
+
+    def reconnect(self) -> None:
+        """From the thread only, for a DEALER: on a new connection; what the old one had not sent is gone."""
+        self._socket.disconnect(self.address)
+        self._socket.connect(self.address)
 
     def wake(self) -> None:
         """Have a turn now; from any thread. Raises the error of the thread, if it had one."""

@@ -73,10 +73,10 @@ class Spool:
 
     def batch(self, seq: int) -> list[bytes]:
         """The records from `seq` on that fit one message."""
-        found, room = [], wire.MAX_BODY
+        found, room = [], wire.CHUNK
         for number in range(seq, min(seq + wire.MAX_BATCH, self.next_seq)):
             room -= len(self._payloads[number]) + 8  # as msgpack frames it
-            if room < 0:
+            if room < 0 and found:
                 break
             found.append(self._payloads[number])
         return found

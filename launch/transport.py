@@ -30,6 +30,7 @@ from .wire import Malformed, Message, Params, VersionError, WireError
 WINDOW = 256  # records sent and not acknowledged
 GO_BACK_S = 1.0
 BEAT_S = 0.5  # between two STATUS, or two HELLO
+SILENT_S = 2.0  # without an answer until an actor tries another connection
 GONE_S = 5.0  # an actor silent for so long does not count as connected
 MAX_STREAMS = 1024  # in a learner's life
 MAX_QUEUED = 8192  # records the learner's main thread may lag behind
@@ -210,6 +211,7 @@ class ActorLink:
         self._hello = NOBODY, b""  # stream and Meta
         self._answer = "", b""  # the WELCOME to it, on this connection
         self._beat_at = 0.0  # when HELLO or, once it was taken, STATUS is due
+        self._unanswered_at = math.inf  # when we said the first thing that the learner has not answered
         self._stats: dict[str, float] = {}
         self._spool = Spool()
         self._sent = 0  # highest sequence number sent on this connection
@@ -288,7 +290,10 @@ class ActorLink:
         if self._open and not self._hello[1]:
             return False  # it knows what there is to do, and has not begun
         if now >= self._beat_at and self._beat("run"):
-            self._beat_at = now + BEAT_S
+            self._beat_at, self._unanswered_at = now + BEAT_S, min(self._unanswered_at, now)
+        if now - self._unanswered_at > SILENT_S:
+            self._pump.reconnect()
+            self._answer, self._beat_at, self._unanswered_at = ("", b""), 0.0, math.inf
         if self._open and self._newest > self._inbox.tried and not self._wanting:
             self._wanting = self._send("WANT", version=self._newest, offset=self._inbox.filled(self._newest))
         return self._open and self._send_records(now)
@@ -316,6 +321,7 @@ class ActorLink:
 
     def _take(self, frames: list[bytes]) -> None:
         message = wire.decode(frames, "learner")
+        self._unanswered_at = math.inf
         getattr(self, f"_on_{message.kind.lower()}")(message.body, **message.fields)
 
     def _on_welcome(self, body: bytes, stream: str) -> None:

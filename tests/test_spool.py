@@ -65,13 +65,13 @@ def test_the_spool_asks_for_a_pause_and_refuses_what_it_cannot_keep(monkeypatch)
     spool.append(3, b"ab")
 
 
-def test_a_batch_never_exceeds_a_message():
+def test_a_batch_never_exceeds_a_chunk_unless_one_record_does():
     spool = Spool()
-    for seq in range(1, 41):
-        spool.append(seq, bytes(100_000))
-    batch = spool.batch(1)
-    assert len(batch) == 10 and len(msgpack.packb(batch)) <= wire.MAX_BODY
-    assert len(spool.batch(39)) == 2
+    sizes = [30_000] * 6 + [200_000] * 2
+    for seq, size in enumerate(sizes, 1):
+        spool.append(seq, bytes(size))
+    assert [len(spool.batch(seq)) for seq in range(1, 9)] == [4, 4, 4, 3, 2, 1, 1, 1]
+    assert len(msgpack.packb(spool.batch(1))) <= wire.CHUNK
 
 
 def files(folder):

@@ -7,9 +7,12 @@ import math
 import random
 import select
 import socket as sockets
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -316,6 +319,45 @@ def test_cut_connections_neither_lose_nor_double_a_record():
         assert seqs(found) == list(range(1, total + 1))
         assert link.poll() == []
         proxy.close()
+
+
+def test_an_actor_tries_another_connection_when_the_learner_is_silent(monkeypatch):
+    monkeypatch.setattr(transport, "SILENT_S", 0.2)
+    address = free_address()
+    with raw(zmq.ROUTER, address) as mute, actor(address, flush=0):
+        first = mute.recv_multipart()[0]
+        while (route := mute.recv_multipart()[0]) == first:
+            pass
+        mute.send_multipart([route, *wire.encode("REFUSE", b"and is heard there")])
+
+
+# With ZMTP's heartbeats libzmq aborted here: a blocked disk, and messages of a dead actor that wait to be read.
+OUTLIVES = """
+import os, threading, zmq
+from tests.test_transport import ANY, SPEC, LearnerLink, data, hello, payload
+blocked, go_on = threading.Event(), threading.Event()
+link = LearnerLink(ANY, SPEC, {}, lambda meta, first, payloads: (blocked.set(), go_on.wait(), len(payloads))[-1], {})
+with zmq.Context() as context, context.socket(zmq.DEALER) as dying:
+    for option in (zmq.HEARTBEAT_IVL, zmq.HEARTBEAT_TIMEOUT, zmq.HEARTBEAT_TTL):
+        dying.setsockopt(option, 500)  # theirs do no harm
+    dying.connect(link.address)
+    dying.send_multipart(hello(SPEC))
+    dying.recv_multipart()
+    for seq in range(1, 300):
+        dying.send_multipart(data(SPEC, seq, payload(seq)))
+    blocked.wait()
+    dying.close(1000)
+threading.Event().wait(2.5)  # as long as five heartbeats nothing may happen
+go_on.set()
+assert link.poll(20)
+os._exit(0)
+"""
+
+
+def test_the_learner_outlives_an_actor_that_dies_while_the_disk_is_slow():
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", OUTLIVES], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unacknowledged_records_are_sent_again_and_acks_that_overtake_are_taken(monkeypatch):

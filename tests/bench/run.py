@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tether.drivers.base import Reading
 from tether.launch import catalog, evaluate, onboard
+from tether.launch.transport import ActorLink, LearnerLink
 from tether.robot_env.env import RobotEnv
+from tether.robot_env.record import Record, encode
 
 HERE = Path(__file__).parent
 REPEATS = 5
@@ -32,9 +35,8 @@ def twin() -> dict[str, float]:
         env = catalog.make_env(task, seed=seed)
         assert isinstance(env, RobotEnv)
         start = time.process_time()
-        tally = evaluate.drive(env, evaluate.PursuitDriver(env, 2.0, 1.0), steps=300)
-        speeds.append(tally.steps / task.spec.hz / (time.process_time() - start))
-        env.close()
+        driven = evaluate.drive(env, evaluate.pursuit(env, 2.0, 1.0), steps=300)
+        speeds.append(driven["steps"] / task.spec.hz / (time.process_time() - start))
     return {"times_real_time": round(median(speeds), 1)}
 
 
@@ -58,12 +60,48 @@ def policy() -> dict[str, float]:
     return {k: round(v, 4) for k, v in out.items()}
 
 
+def link() -> dict[str, float]:
+    """Both ends of the link in this process: many records at once, and one record with leave to go on as the answer."""
+    spec = catalog.load_spec("car-loop")
+    channels, command = catalog.declaration(spec)
+    meta = catalog.stream_meta(spec)
+    reading = Reading({c.name: np.zeros(c.size, np.float32) for c in channels}, {c.name: 0.0 for c in channels})
+    action, rates, trips, seq = np.zeros(len(command.names), np.float32), [], [], 0
+
+    def send(count: int) -> None:
+        nonlocal seq
+        for _ in range(count):
+            seq += 1
+            record = Record(seq, 0.1 * seq, reading, action, 1.0, False, False, "policy", 0, {})
+            actor.send(seq, encode(record))
+
+    learner = LearnerLink("tcp://127.0.0.1:*", meta, {}, lambda meta, first, payloads: None, {})
+    actor = ActorLink(learner.address)
+    actor.begin(meta)
+    for _ in range(REPEATS):
+        start, got = time.perf_counter(), 0
+        send(2000)
+        while got < 2000:
+            got += len(learner.poll(10.0))
+        rates.append(got / (time.perf_counter() - start))
+        for _ in range(100):
+            start = time.perf_counter()
+            send(1)
+            learner.poll(10.0)
+            learner.set_run_until(meta.stream, seq)
+            actor.wait_run_until(seq, 10.0)
+            trips.append(1e3 * (time.perf_counter() - start))
+    actor.close()
+    learner.close()
+    return {"records_per_s": round(median(rates)), "round_trip_ms": round(median(trips), 3)}
+
+
 def main() -> None:
     update = HERE / "update.json"
     subprocess.run([sys.executable, str(HERE / "bench_update.py"), "--out", str(update)], check=True)
     results: dict[str, Any] = {"update": json.loads(update.read_text())}
     update.unlink()
-    for bench in (twin, policy):
+    for bench in (twin, policy, link):
         results[bench.__name__] = bench()
         print(f"{bench.__name__}: {results[bench.__name__]}")
     out = Path("bench.json")
