@@ -6,12 +6,16 @@ It has the car's channels and command, counts what is written to it, and can fai
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .base import DriverError, Reading
-from .car import CHANNELS, COMMAND
+from .car import CHANNELS as CAR_CHANNELS
+from .car import COMMAND
+
+CHANNELS = tuple(replace(channel, noisy=False) for channel in CAR_CHANNELS)
 
 
 class Fake:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mujoco
@@ -46,6 +47,8 @@ class CarTwin:
         self, walls: Sequence[np.ndarray] = (), start: tuple[float, float, float] = (0.0, 0.0, 0.0),
         seed: int = 0, realtime: bool = False, noise: bool = True,
     ) -> None:  # fmt: skip
+        if not noise:
+            self.channels = tuple(replace(channel, noisy=False) for channel in CHANNELS)
         model = build(walls)
         sensors = [Sensor(c, noise * SENSORS[c.name][0], SENSORS[c.name][1], noise * JITTER_S) for c in CHANNELS]
         self.world = World(model, sensors, self._control, self._measure, self._watch, seed, realtime)

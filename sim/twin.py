@@ -140,6 +140,8 @@ class Sensor:
         if fresh:
             samples = np.array(fresh if self._combine != "last" else fresh[-1:])  # (n, size)
             samples += self._noise * rng.standard_normal(samples.shape)
+            if self.channel.most:  # a sensor saturates
+                samples = np.clip(samples, np.negative(self.channel.most), self.channel.most)
             combined = samples.max(axis=0) if self._combine == "max" else samples.mean(axis=0)
             self._value = combined.astype(np.float32)
         return self._value.copy(), self._stamp

@@ -239,9 +239,9 @@ def test_an_estop_ends_the_episode_and_no_reset_moves_the_robot():
     env.events = lambda: pressed.pop() if pressed else ()
     _, _, terminated, truncated, info = env.step(wish(2.0, 0.0))
     assert truncated and not terminated and info["gate"] == "estop"
-    assert (robot.written[-1] == 0.0).all() and records[-1].events["gate_estop"] == 1.0
+    assert robot.written[-1][0] == 0.0 and records[-1].events["gate_estop"] == 1.0
     written = len(robot.written)
-    with pytest.raises(SafetyError, match="clear the gate"):
+    with pytest.raises(SafetyError, match=r"the gate is estop \(estop\): make the robot safe, then clear and arm it"):
         env.reset()
     assert len(robot.written) == written
     env.close()
