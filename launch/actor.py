@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import numpy as np
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
 from ..robot_env.record import Record, encode
+from ..robot_env.safety import CLAMPS
 from . import catalog
 from .evaluate import practise
+from .flight import FlightRecorder
 from .onboard import Policy
 from .spool import Spool, left_behind
 from .transport import ActorLink
@@ -124,8 +126,8 @@ class Pilot:
             late = self._env.rate.lateness_ms()
             stats |= {"rate/late": self._env.rate.late} | {f"rate/late_{k}_ms": v for k, v in late.items()}
             for fault, count in self._env.gate.counts.items():
-                key = "gate/clamped" if fault in ("limit", "rate") else f"gate/veto_{fault}"
-                stats[key] = stats.get(key, 0) + count
+                stats[f"gate/clamped_{fault}" if fault in CLAMPS else f"gate/veto_{fault}"] = count
+            stats["gate/clamped"] = sum(self._env.gate.counts.get(clamp, 0) for clamp in CLAMPS)
         self._link.report(stats)
 
 
@@ -176,13 +178,20 @@ def serve(
             deliver(address, parent_folder)
             meta = catalog.stream_meta(spec)
             link.begin(meta, spool=Spool(parent_folder / meta.stream, meta))
+            flight = FlightRecorder(meta)
+            env.on_record.append(flight)  # first, so that it has the record at which another one failed
             lockstep = not (real or realtime)
             pilot = Pilot(env, link, stopped, orders["policy"], int(orders["random_steps"]), seed, lockstep)
-            with suppress(Leave):
+            try:
                 while not pilot.refresh(0.5):  # nothing moves before the first weights
                     if stopped():
                         raise Leave
                 practise(env, pilot.wish, seed)
+            except Leave:
+                pass
+            except Exception as error:  # the motors have stopped
+                print(f"actor: stopped; {flight.save(parent_folder.parent / 'failures', error)}", file=sys.stderr)
+                raise
             return f"actor: {pilot.steps:,} steps, stopped: {stopped()}"
     finally:
         left = link.close()
