@@ -79,20 +79,14 @@ def build() -> argparse.ArgumentParser:
     run = command("run", "run", "learner and actor on this machine, two processes")
     _training(run)
     _driving(run)
+    _failing(run)
     run.set_defaults(bind=None)
 
     learner = command("learner", "run", "the learner alone; actors connect to it")
     _training(learner)
     learner.add_argument("--bind", default="tcp://127.0.0.1:5555", help="address to listen on (default: %(default)s)")
 
-    actor = command("actor", "actor", "the actor alone: the twin, or with --real the hardware")
-    actor.add_argument("task", nargs="?", help="refuse a learner of another task (default: the learner says)")
-    actor.add_argument("--learner", default="tcp://127.0.0.1:5555", help="the learner's address (default: %(default)s)")
-    actor.add_argument("--spool", help="where records wait for the learner (default: ~/.local/state/tether/spool)")
-    actor.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end with this process
-    actor.add_argument("--seed", type=_from(0), help="of exploration and the twin (default: the learner's)")
-    _real(actor)
-    _driving(actor)
+    _acting(command("actor", "actor", "the actor alone: the twin, or with --real the hardware"))
 
     _recording(command("record", "record", "drive, and keep what was driven"))
 
@@ -145,6 +139,18 @@ def _training(sub: argparse.ArgumentParser) -> None:
     _seeded(sub, "of everything")
 
 
+def _acting(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("task", nargs="?", help="refuse a learner of another task (default: the learner says)")
+    sub.add_argument("--learner", default="tcp://127.0.0.1:5555", help="the learner's address (default: %(default)s)")
+    sub.add_argument("--spool", help="where records wait for the learner (default: ~/.local/state/tether/spool)")
+    sub.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end with this process
+    sub.add_argument("--seed", type=_from(0), help="of exploration and the twin (default: the learner's)")
+    hardware_or_failures = sub.add_mutually_exclusive_group()  # hardware fails without being asked
+    _real(hardware_or_failures)
+    _failing(hardware_or_failures)
+    _driving(sub)
+
+
 def _recording(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("task", help=TASK_HELP)
     sub.add_argument("--teleop", default="script", choices=["script", "keyboard", "gamepad"], help="who drives")
@@ -173,7 +179,12 @@ def _driving(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
 
 
-def _real(sub: argparse.ArgumentParser) -> None:
+def _failing(sub: argparse._ActionsContainer) -> None:
+    about = "break this in the twin at that time of its clock, e.g. pose:stuck@12s or motor:off@5s+2s; more than once"
+    sub.add_argument("--fail", action="append", default=[], metavar="PART:KIND@TIME[+FOR]", help=about)
+
+
+def _real(sub: argparse._ActionsContainer) -> None:
     sub.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
 
 
