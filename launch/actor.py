@@ -23,7 +23,7 @@ from ..robot_env.record import Record, encode
 from . import catalog
 from .evaluate import practise
 from .onboard import Policy
-from .spool import Spool, left_behind
+from .spool import Spool, hours, left_behind
 from .transport import ActorLink
 from .wire import WireError
 
@@ -179,6 +179,7 @@ def serve(
             deliver(address, parent_folder)
             meta = catalog.stream_meta(spec)
             link.begin(meta, spool=Spool(parent_folder / meta.stream, meta))
+            print(f"actor: {parent_folder} has room for {hours(meta, parent_folder):.1f} h of records", file=sys.stderr)
             lockstep = not (real or realtime)
             pilot = Pilot(env, link, stopped, orders["policy"], int(orders["random_steps"]), seed, lockstep)
             with suppress(Leave):

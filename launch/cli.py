@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, "json", False):
             print(json.dumps(result))
         sys.stdout.flush()  # here, where a reader that went away is no error
-        return 0
+        return 0 if result.get("ready", True) else 1  # what `tether doctor` found
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away
@@ -119,6 +119,12 @@ def build() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the HTML file (default: RUN/report.html)")
 
+    doctor = command("doctor", "doctor", "measure the rig, read-only: exit status 0 when it is ready, 1 when not")
+    doctor.add_argument("task", nargs="?", default="car-loop", help=f"{TASK_HELP} (default: car-loop)")
+    doctor.add_argument("--learner", help="address of the learner (default: the link to one that is started here)")
+    _real(doctor, "read the hardware; without it, the twin")
+    _json(doctor)
+
     keys = command("keys", "keys", "make and show the keys of the link, which it needs beyond this machine")
     keys.add_argument("names", nargs="*", metavar="NAME", help="make the keys of an actor of this name")
 
@@ -184,8 +190,8 @@ def _failing(sub: argparse._ActionsContainer) -> None:
     sub.add_argument("--fail", action="append", default=[], metavar="PART:KIND@TIME[+FOR]", help=about)
 
 
-def _real(sub: argparse._ActionsContainer) -> None:
-    sub.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
+def _real(sub: argparse._ActionsContainer, about: str = "drive the hardware; without it, the twin") -> None:
+    sub.add_argument("--real", action="store_true", help=about)
 
 
 def _seeded(sub: argparse.ArgumentParser, what: str) -> None:

@@ -131,6 +131,14 @@ def demo(options: Namespace) -> Said:
     return text, result
 
 
+def doctor(options: Namespace) -> Said:
+    """Whether the rig is ready."""
+    from .doctor import examine, report
+
+    spec = catalog.load_spec(options.task)
+    return report(spec, examine(spec, options.learner, options.real))
+
+
 def keys(options: Namespace) -> Said:
     """The learner's keys and those of its actors."""
     from .keys import make

@@ -368,7 +368,8 @@ def test_a_run_drives_with_the_failures_of_its_command_line(tmp_path, monkeypatc
     for number, handler in before.items():
         signal.signal(number, handler)
     orders.link.close()
-    assert "wheel_speed:off@1s+1s shock:off@1s+1s" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "wheel_speed:off@1s+1s shock:off@1s+1s" in said and "spool has room for 99." in said
     for name in ("wheel_speed", "shock", "pose"):
         stamps = {round(r.time, 1): r.reading.stamps[name] for r in orders.records if r.action is not None}
         off = {stamp for time, stamp in stamps.items() if 1.15 < time < 1.95}
