@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from . import catalog
 from .evaluate import practise
 from .flight import FlightRecorder
 from .onboard import Policy
-from .spool import Spool, left_behind
+from .spool import Spool, hours, left_behind
 from .transport import ActorLink
 from .wire import WireError
 
@@ -148,14 +148,15 @@ def deliver(address: str, folder: Path) -> None:
 def serve(
     address: str, task: str | None = None, real: bool = False, seed: int | None = None,
     realtime: bool = False, view: bool = False, parent: int | None = None, spool: str | None = None,
+    fail: Sequence[str] = (),
 ) -> str:
     """One actor: ask the learner what there is to do, drive until told to stop. Returns what to say of it.
 
     Records wait in the folder `spool` (default: SPOOL) until the learner has them; what earlier actors left there
     is delivered first.
 
-    `parent`: process id of the `tether run` that it must not outlive. Raises WireError, DriverError or TaskError
-    with one line when it cannot begin.
+    `fail`: what breaks in the twin, and when. `parent`: process id of the `tether run` that it must not outlive.
+    Raises WireError, DriverError or TaskError with one line when it cannot begin.
     """
     link = ActorLink(address)
 
@@ -171,13 +172,16 @@ def serve(
             if task is not None and catalog.load_spec(task).text != spec.text:
                 raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
             seed = int(orders["seed"]) if seed is None else seed
-            env = catalog.make_env(catalog.make_task(spec), real, seed, realtime, view)
+            env = catalog.make_env(catalog.make_task(spec), real, seed, realtime, view, fail)
+            if fail:
+                print(f"actor: in the twin fails {' '.join(fail)}", file=sys.stderr)
             if isinstance(env, RobotEnv):
                 env.auto_reset = bool(orders["auto_reset"])
             parent_folder = Path(spool or SPOOL).expanduser()
             deliver(address, parent_folder)
             meta = catalog.stream_meta(spec)
             link.begin(meta, spool=Spool(parent_folder / meta.stream, meta))
+            print(f"actor: {parent_folder} has room for {hours(meta, parent_folder):.1f} h of records", file=sys.stderr)
             flight = FlightRecorder(meta)
             env.on_record.append(flight)  # first, so that it has the record at which another one failed
             lockstep = not (real or realtime)

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..robot_env.record import Meta, RecordError, SegmentWriter, encode, read_recording
+import numpy as np
+
+from ..drivers.base import Reading
+from ..robot_env.record import Meta, Record, RecordError, SegmentWriter, encode, read_recording
 from . import wire
 from .wire import WireError
 
@@ -73,7 +76,8 @@ class Spool:
 
     def batch(self, seq: int) -> list[bytes]:
         """The records from `seq` on that fit one message."""
-        found, room = [], wire.CHUNK
+        found: list[bytes] = []
+        room = wire.CHUNK
         for number in range(seq, min(seq + wire.MAX_BATCH, self.next_seq)):
             room -= len(self._payloads[number]) + 8  # as msgpack frames it
             if room < 0 and found:
@@ -89,6 +93,24 @@ class Spool:
             if not len(self):
                 shutil.rmtree(self._writer.folder)
             self._writer = None
+
+
+def record_bytes(meta: Meta) -> int:
+    """Size of a record of such a stream: one is encoded, without events."""
+    values = {name: np.zeros(size, np.float32) for name, size, _, _ in meta.channels}
+    reading, action = Reading(values, dict.fromkeys(values, 0.0)), np.zeros(len(meta.command), np.float32)
+    return len(encode(Record(1 << 20, 0.0, reading, action, 0.0, False, False, "policy", 1 << 20, {})))
+
+
+def hours(meta: Meta, folder: Path) -> float:
+    """For how long the records of such a stream can wait in `folder` until the actor pauses."""
+    room = min(PAUSE_AT * BUDGET, shutil.disk_usage(existing(folder)).free)
+    return room / (record_bytes(meta) * meta.hz) / 3600.0
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or of its parents the nearest there is."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 @contextmanager

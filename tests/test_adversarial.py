@@ -48,7 +48,8 @@ def now_and_then(value, share: float):
 POLICIES = {
     "full speed, straight": constant(1.0, 0.0), "full speed, left": constant(1.0, 1.0),
     "full speed, right": constant(1.0, -1.0), "backwards": constant(-2.0, 0.3), "far out": constant(1e38, -1e38),
-    "bang-bang every tick": bang_bang(1), "bang-bang every third": bang_bang(3), "bang-bang every second": bang_bang(10),
+    "bang-bang every tick": bang_bang(1), "bang-bang every third": bang_bang(3),
+    "bang-bang every second": bang_bang(10),
     "sine sweep": sweep, "random walk": walk, "uniform": uniform(1.0), "uniform beyond": uniform(5.0),
     "not a number": constant(np.nan, 0.0), "infinite": constant(0.0, np.inf),
     "now and then not a number": now_and_then(np.full(2, np.nan), 0.02),
@@ -63,7 +64,12 @@ def attack(name: str, seconds: float) -> None:
     env = catalog.make_env(catalog.make_task(catalog.load_spec("car-loop")), seed=1)
     assert isinstance(env, RobotEnv)
     write, written = env.robot.write, []
-    env.robot.write = lambda command: (written.append((env.robot.now(), command.copy(), env.gate.state)), write(command))[1]
+
+    def spy(command: np.ndarray) -> None:
+        written.append((env.robot.now(), command.copy(), env.gate.state))
+        write(command)
+
+    env.robot.write = spy
     wishes = POLICIES[name](np.random.default_rng(1))
     stopped = 0
     try:

@@ -27,6 +27,7 @@ COMMANDS = (
     "export",
     "drive",
     "report",
+    "doctor",
     "list",
 )
 TINY = flags(*SETTINGS)

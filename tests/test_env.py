@@ -302,7 +302,8 @@ def test_a_channel_that_fails_holds_the_robot_and_then_stops_it(how):
         states.append(info["gate"])
         if robot.now() > 3.3:  # two periods and the channel's 0.15 s
             assert states[-1] != "run" and robot.robot._command[0] == 0.0
-    assert truncated and states.count("hold") == 21 and all(np.isfinite(r.reading.values["pose"]).all() for r in records)
+    assert truncated and states.count("hold") == 21
+    assert all(np.isfinite(r.reading.values["pose"]).all() for r in records)
     with pytest.raises(SafetyError, match=r"the gate is stopping \(stale_pose\)"):
         env.reset()
     env.close()

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tether.drivers.base import Channel, Command, Reading
 from tether.robot_env import safety
-from tether.robot_env.safety import Gate, Limits
 
 CHANNELS = (
     Channel("fast", 1, "m/s", 100.0, 0.04, (1.0,)),  # may be 0.04 + 5 / 100 s old
@@ -374,7 +373,8 @@ def too_many_holds_stop(m):
 
 def stale_is_counted_in_the_channels_own_periods(m):
     for ages, fault in (
-        ({"fast": 0.0899}, ""), ({"fast": 0.0901}, "stale_fast"), ({"slow": 0.4999}, ""), ({"slow": 0.5001}, "stale_slow"),
+        ({"fast": 0.0899}, ""), ({"fast": 0.0901}, "stale_fast"), ({"slow": 0.4999}, ""),
+        ({"slow": 0.5001}, "stale_slow"),
         ({"fast": -0.01}, "stale_fast"), ({"fast": -5e-7}, ""), ({"fast": None}, "stale_fast"),
         ({"fast": np.nan}, "stale_fast"),
     ):  # fmt: skip

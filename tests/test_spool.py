@@ -18,7 +18,7 @@ from tether.launch import spool as spools
 from tether.launch import wire
 from tether.launch.actor import deliver
 from tether.launch.spool import Spool, left_behind
-from tether.launch.transport import LearnerLink
+from tether.launch.transport import ActorLink, LearnerLink
 from tether.launch.wire import WireError
 from tether.robot_env import record
 from tether.robot_env.record import Meta, Record, encode
@@ -171,6 +171,17 @@ def test_what_was_left_behind_is_delivered_and_removed_or_stays(tmp_path, capsys
     assert stored == [(META.stream, seq) for seq in range(101, 301)]
     assert [path.name for path in tmp_path.iterdir()] == [other.stream]
     assert "stays where it is: the link failed: the learner at" in capsys.readouterr().err
+
+
+def test_what_a_link_could_not_deliver_is_on_the_disk(tmp_path):
+    learner = LearnerLink("tcp://127.0.0.1:*", META, {}, lambda meta, first, payloads: 0, {})  # its disk is full
+    link = ActorLink(learner.address)
+    link.begin(META, spool=Spool(tmp_path / META.stream, META))
+    link.send(1, payload(1))
+    assert link.close(0.0) == 1
+    learner.close()
+    with left_behind(tmp_path) as found:
+        assert [(meta, left.first, len(left)) for _, meta, left in found] == [(META, 1, 1)]
 
 
 def test_a_full_disk_loses_nothing_and_asks_for_a_pause(tmp_path):
