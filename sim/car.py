@@ -14,7 +14,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
-from ..drivers.base import DriverError, Reading
+from ..drivers.base import Channel, DriverError, Reading
 from ..drivers.car import CHANNELS, COMMAND
 from .twin import JITTER_S, KINDS, Failure, Sensor, World
 
@@ -54,7 +54,8 @@ class CarTwin:
     rates and latencies. With `realtime` simulated time follows the wall clock.
     """
 
-    channels, command = CHANNELS, COMMAND
+    channels: tuple[Channel, ...] = CHANNELS
+    command = COMMAND
     # what can fail, and how. There is no battery channel: a battery shows in the speed alone
     failures = {c.name: KINDS for c in CHANNELS} | {
         "motor": ("off",), "steering_servo": ("stuck",), "battery": ("low",)

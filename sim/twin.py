@@ -197,15 +197,16 @@ class Sensor:
                 fresh.append(value)
         if fresh:
             samples = np.array(fresh if self._combine != "last" else fresh[-1:])  # (n, size)
-            samples += self._noise * rng.standard_normal(samples.shape)
-            if self.channel.most:  # a sensor saturates
-                samples = np.clip(samples, np.negative(self.channel.most), self.channel.most)
+            noise = self._noise * rng.standard_normal(samples.shape)
+            most = self.channel.most or np.inf  # at which a sensor saturates, if it is not broken
+            samples = np.where(np.abs(samples) <= most, np.clip(samples + noise, np.negative(most), most), samples)
             combined = samples.max(axis=0) if self._combine == "max" else samples.mean(axis=0)
             self._value = combined.astype(np.float32)
         return self._value.copy(), self._stamp
 
     def _send(self, due: float, stamp: float, truth: np.ndarray) -> None:
-        value: np.ndarray | None = truth
+        most = self.channel.most or np.inf
+        value: np.ndarray | None = np.clip(truth, np.negative(most), most)
         for failure in self.failures:
             if not failure.active(stamp):
                 continue
