@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import zmq
 from tether.drivers.base import Reading
 from tether.drivers.fake import Fake
 from tether.launch import catalog, cli, doctor, spool, wire
-from tether.launch.transport import LearnerLink
+from tether.launch.transport import NOBODY, LearnerLink
 from tether.robot_env.record import encode
 
 from tests.conftest import FAKE, free_address
@@ -148,22 +149,54 @@ def test_not_ready_without_an_answer_of_the_learner(capsys, monkeypatch):
     assert "'here' is no address" in nowhere["link"]["value"]
 
 
-def test_not_ready_where_the_learner_refuses(capsys):
+@contextmanager
+def raw_learner(serve):
+    """The address of a thread that does `serve(socket)`; a receive that waits for 0.1 s raises zmq.Again."""
     context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.RCVTIMEO, 100)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
+    thread = threading.Thread(target=serve, args=(socket,))
+    thread.start()
+    try:
+        yield f"tcp://127.0.0.1:{port}"
+    finally:
+        thread.join()
+        socket.close(0)
+        context.term()
 
-    def refuse() -> None:
+
+def test_not_ready_where_the_learner_refuses(capsys):
+    def refuse(socket) -> None:
+        assert socket.poll(10_000)
         route, *_ = socket.recv_multipart()
         socket.send_multipart([route, *wire.encode("REFUSE", b"another version")])
 
-    thread = threading.Thread(target=refuse)
-    thread.start()
-    checks = examined(capsys, "--learner", f"tcp://127.0.0.1:{port}")[1]
-    thread.join()
-    socket.close(0)
-    context.term()
+    with raw_learner(refuse) as address:
+        checks = examined(capsys, "--learner", address)[1]
     assert bad(checks) == {"link"} and "refuses: another version" in checks["link"]["value"]
+
+
+def test_no_more_is_asked_than_a_learner_has_room_to_answer(monkeypatch):
+    monkeypatch.setattr(doctor, "ROUND_TRIPS", 2)
+    together = []
+
+    def answer_when_it_is_quiet(socket) -> None:
+        waiting = []
+        while sum(together) < 1 + doctor.ROUND_TRIPS + doctor.BURST:
+            with suppress(zmq.Again):
+                waiting.append(socket.recv_multipart()[0])
+                continue
+            together.append(len(waiting))
+            while waiting:
+                socket.send_multipart([waiting.pop(), *wire.encode("WELCOME", bytes(1000), stream=NOBODY)])
+
+    with raw_learner(answer_when_it_is_quiet) as address:
+        checks = doctor.link(address, catalog.stream_meta(catalog.load_spec("fake.toml")))
+    assert 1 < max(together) <= doctor.IN_FLIGHT
+    trip, rate = checks[1:]
+    assert trip.value >= 100.0  # it waited for 0.1 s
+    assert 0 < rate.value < doctor.IN_FLIGHT * 1.2 / 0.1  # kB/s, of messages of a little over 1 kB
 
 
 def test_a_robot_that_cannot_be_opened_is_a_check_like_others(capsys):
