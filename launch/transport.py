@@ -238,7 +238,8 @@ class ActorLink:
 
         WireError with the differences when the learner refuses it.
         """
-        self._spool = spool or self._spool
+        if spool is not None:  # an empty one is false
+            self._spool = spool
         self._hello, self._beat_at = (meta.stream, meta.to_json()), 0.0
         self._pump.wake()
         self.start(timeout)

@@ -18,7 +18,7 @@ from tether.launch import spool as spools
 from tether.launch import wire
 from tether.launch.actor import deliver
 from tether.launch.spool import Spool, left_behind
-from tether.launch.transport import LearnerLink
+from tether.launch.transport import ActorLink, LearnerLink
 from tether.launch.wire import WireError
 from tether.robot_env import record
 from tether.robot_env.record import Meta, Record, encode
@@ -133,6 +133,18 @@ for seq in range(1, 10**6):
         [(_, meta, left)] = found
         assert left.first == 1 and left.next_seq > told
         assert left.batch(told)[0] == payload(told)
+
+
+def test_a_link_keeps_its_records_in_the_spool_it_is_given(tmp_path):
+    learner = LearnerLink("tcp://127.0.0.1:*", META, {}, lambda meta, first, payloads: 0, {})  # its disk is full
+    link = ActorLink(learner.address)
+    try:
+        link.begin(META, spool=Spool(tmp_path / META.stream, META))
+        link.send(1, payload(1))
+        assert [r.seq for r in record.read_recording(tmp_path / META.stream, print)[1]] == [1]
+    finally:
+        assert link.close(0.0) == 1
+        learner.close()
 
 
 def test_a_damaged_record_is_named_and_the_rest_delivered_in_two_rows(tmp_path, capsys):

@@ -45,12 +45,15 @@ class Nemesis:
         self._streams = [""] * actors
         self._killed: set[str] = set()
         self._actors: list[Any] = [None] * actors
-        self._kinds = {
+        self._processes = {
             "learner killed": self._learner_killed, "actor killed": self._actor_killed,
             "all killed": self._all_killed, "learner stopped": self._learner_stopped,
-            "actor stopped": self._actor_stopped, "all stopped": self._all_stopped, "stall": self._stall,
-            "cut": self._cut, "reset": self._reset, "truncate": self._truncate, "throttle": self._throttle,
-            "delay": self._delay, "learner's disk full": self._learner_full, "actor's disk full": self._actor_full,
+            "actor stopped": self._actor_stopped, "all stopped": self._all_stopped,
+            "learner's disk full": self._learner_full, "actor's disk full": self._actor_full,
+        }  # fmt: skip
+        self._network = {
+            "stall": self._stall, "cut": self._cut, "reset": self._reset, "truncate": self._truncate,
+            "throttle": self._throttle, "delay": self._delay,
         }  # fmt: skip
 
     def __enter__(self) -> Nemesis:
@@ -69,19 +72,18 @@ class Nemesis:
         self._proxy.close()
 
     def fault(self, kind: str | None = None) -> str:
-        """One fault (or two at a time), its end, and the wait for the next records of every actor."""
-        kinds = [kind or self._rng.choice(list(self._kinds))]
+        """One fault (or one of the processes and one of the network), its end, and the wait for the next records."""
+        every = self._processes | self._network
+        kinds = [kind or self._rng.choice(list(every))]
         if kind is None and self._rng.random() < BOTH:
-            alone = {kinds[0], "actor's disk full"}  # a kill would take what is in memory alone
-            if kinds[0] != "actor's disk full":
-                kinds.append(self._rng.choice([each for each in self._kinds if each not in alone]))
+            kinds = [self._rng.choice(list(self._processes)), self._rng.choice(list(self._network))]
         with ExitStack() as stack:
             for each in kinds:
                 self.counts[each] += 1
-                stack.enter_context(self._kinds[each]())
+                stack.enter_context(every[each]())
             time.sleep(self._rng.uniform(0.05, 0.5))
         name = " + ".join(kinds)
-        self.waits.setdefault(name, []).append(self._await_records(time.monotonic(), kinds[0] == "actor's disk full"))
+        self.waits.setdefault(name, []).append(self._await_records(time.monotonic(), "actor's disk full" in kinds))
         return name
 
     def finish(self) -> dict[str, Any]:
@@ -125,7 +127,8 @@ class Nemesis:
         )
 
     def _await_records(self, since: float, all_of_them: bool = False) -> float:
-        """Seconds until a record of each actor was stored after `since`; or until all made before were."""
+        """Seconds until a record of each actor was stored after `since`; or until all made by now were, which a kill
+        would take where they are in memory alone."""
         wanted = {}
         for stream in self._streams:
             due = np.count_nonzero(ends.made(self.folder, stream)) if all_of_them else 0
