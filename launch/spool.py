@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,26 +20,29 @@ from .wire import WireError
 
 BUDGET = 1 << 30  # bytes of records that may wait
 PAUSE_AT = 0.8  # share of it at which the robot should pause at the end of an episode
+CATCH_UP = 32  # records that could not be written before, and are with the next one
 
 
 class Spool:
     """The records of one stream that are not acknowledged. One thread appends, one sends and forgets.
 
     With a `folder` they are in its segments too, from before they are sent; segments whose records are all
-    acknowledged are removed, and the folder with the last of them. A disk that is full costs this: what no
-    longer fits is in memory alone, and `trouble` says so.
+    acknowledged are removed, and the folder with the last of them. What does not fit a full disk is in memory
+    alone, until it fits again; meanwhile `trouble` says so.
     """
 
     def __init__(self, folder: Path | None = None, meta: Meta | None = None, first: int = 1) -> None:
         self.first = self.next_seq = first  # sequence numbers of the oldest record kept and of the next one
+        self.sealed = False  # no more will come, the actor is gone
         self.trouble = ""  # why records are not on the disk
         self._payloads: dict[int, bytes] = {}
         self._came = self._gone = 0  # bytes, each counted by one thread
         self._ends: dict[Path, int] = {}  # the newest record of each segment
+        self._written = 0  # the newest record on the disk
         self._writer: SegmentWriter | None = None
         if folder is not None and meta is not None:
+            self._lock = _new_folder(folder)
             self._writer = SegmentWriter(folder, meta)
-            self._lock = _lock(folder)
 
     def __len__(self) -> int:
         return self.next_seq - self.first
@@ -54,15 +58,26 @@ class Spool:
             raise WireError(f"record {seq} came where {self.next_seq} was due")
         if self._came - self._gone + len(payload) > BUDGET:
             raise WireError(f"{len(self)} records wait for the learner, and no more fit the spool")
-        if self._writer is not None:
-            try:
-                self._writer.append(seq, payload)
-                self._ends[self._writer.path], self.trouble = seq, ""
-            except RecordError as error:
-                self.trouble = str(error)
         self._came += len(payload)
         self._payloads[seq] = payload
+        if self._writer is not None:
+            self._write(self._writer)
         self.next_seq += 1  # last: from here on it is there for the other thread
+
+    def _write(self, writer: SegmentWriter) -> None:
+        """Put the newest records on the disk, and some that did not fit before."""
+        begin = max(self._written + 1, self.first)
+        try:
+            for seq in range(begin, min(begin + CATCH_UP, self.next_seq + 1)):
+                payload = self._payloads.get(seq)
+                if payload is not None:  # else the learner has it by now
+                    writer.append(seq, payload)
+                    self._ends[writer.path] = seq
+                self._written = seq
+            if self._written == self.next_seq:
+                self.trouble = ""
+        except RecordError as error:
+            self.trouble = str(error)
 
     def ack(self, seq: int) -> None:
         """Forget the records up to `seq`."""
@@ -89,9 +104,9 @@ class Spool:
         """Let go of the folder; with nothing left to deliver it is removed. Idempotent."""
         if self._writer is not None:
             self._writer.close()
-            os.close(self._lock)
             if not len(self):
                 shutil.rmtree(self._writer.folder)
+            os.close(self._lock)
             self._writer = None
 
 
@@ -121,8 +136,11 @@ def left_behind(parent: Path) -> Iterator[list[tuple[Path, Meta, Spool]]]:
     """
     found, locks = [], []
     for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
-        with suppress(BlockingIOError):  # its actor lives
+        with suppress(BlockingIOError, FileNotFoundError):  # its actor lives; somebody delivered it
             locks.append(_lock(folder))
+            if not any(path.stat().st_size for path in folder.glob("*")):  # killed while it began or ended
+                shutil.rmtree(folder)
+                continue
             try:
                 meta, records = read_recording(folder)
             except RecordError as error:
@@ -134,6 +152,7 @@ def left_behind(parent: Path) -> Iterator[list[tuple[Path, Meta, Spool]]]:
                     spool = Spool(first=record.seq)
                     found.append((folder, meta, spool))
                 spool.append(record.seq, encode(record))
+                spool.sealed = True
             if not records:
                 shutil.rmtree(folder)
     try:
@@ -141,6 +160,18 @@ def left_behind(parent: Path) -> Iterator[list[tuple[Path, Meta, Spool]]]:
     finally:
         for lock in locks:
             os.close(lock)
+
+
+def _new_folder(folder: Path) -> int:
+    """Make `folder` and hold it, so that nobody takes it for one that was left behind."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(BlockingIOError, FileNotFoundError):
+            descriptor = _lock(folder)
+            if folder.exists():
+                return descriptor
+            os.close(descriptor)
+        time.sleep(0.01)  # somebody found it empty, and removes it
 
 
 def _lock(folder: Path) -> int:

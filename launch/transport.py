@@ -301,7 +301,8 @@ class ActorLink:
     def _beat(self, state: str) -> bool:
         """Say that we are there, and how we do."""
         if not self._open:
-            return self._send("HELLO", self._hello[1], first=self._spool.first, next=self._spool.next_seq)
+            after = wire.ENDED if self._spool.sealed else self._spool.next_seq
+            return self._send("HELLO", self._hello[1], first=self._spool.first, next=after)
         return self._send("STATUS", state=state, spool=len(self._spool), weights=self._inbox.version,
                           refused=self._inbox.refused, stats=self._stats)
 
@@ -335,7 +336,7 @@ class ActorLink:
             self._answer, self._beat_at = ("", b""), 0.0
 
     def _on_ack(self, body: bytes, seq: int, run_until: int, weights: int, stop: str) -> None:
-        if seq >= self._spool.next_seq:
+        if seq >= self._spool.next_seq and not self._spool.sealed:
             raise Malformed("ACK of a record that does not exist")
         if seq >= self._spool.first:
             self._spool.ack(seq)

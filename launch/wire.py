@@ -31,13 +31,14 @@ MAX_BODY = (1 << 20) - MAX_HEADER
 MAX_BATCH = 32  # records in one DATA
 CHUNK = 128 << 10  # bytes of weights in one WEIGHTS, of records in one DATA: on 1 Mbit/s the rest waits for 1 s
 MAX_WEIGHTS = 64 << 20  # bytes
+ENDED = record.MAX_INT - 1  # stands in for the next record of a stream that gets no more
 
 KINDS = record.KINDS | {"sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v) is not None}
 
 # type: (sender, name:kind of each field of the header)
 MESSAGES = {
     # on each connect; body: the stream's Meta as JSON, or empty to ask what there is to do. first: the oldest
-    # record the actor still has, those before will never come (again); next: the one it will make next
+    # record the actor still has, those before will never come (again); next: the one it will make next, or ENDED
     "HELLO": ("actor", "stream:stream first:count next:count"),
     # body: what there is to do (task, policy) as a msgpack map
     "WELCOME": ("learner", "stream:stream"),

@@ -208,29 +208,27 @@ class SegmentWriter:
     def append(self, seq: int, payload: bytes) -> None:
         """Write one record: its number and what `encode` made of it."""
         if self._count >= SEGMENT_RECORDS or self._size >= SEGMENT_BYTES:
-            self.close()
+            former = self._file
             self._open()
+            former.close()
+        if not self._size:
+            self._write(_META, 0, self.meta.to_json())
         self._write(_RECORD, seq, payload)
         self._count += 1
-
-    def sync(self) -> None:
-        """Wait until what was written so far survives a loss of power."""
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Let go of the file. Idempotent."""
         self._file.close()
 
     def _open(self) -> None:
-        self._count = self._size = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             last = max((int(path.stem) for path in _segments(self.folder)), default=0)
-            self.path = self.folder / f"{last + 1:08d}{SUFFIX}"  # of the segment that grows
-            self._file = open(self.path, "ab", buffering=0)
+            path = self.folder / f"{last + 1:08d}{SUFFIX}"
+            self._file = open(path, "ab", buffering=0)
         except OSError as error:
             raise RecordError(f"{self.folder} cannot be written: {error.strerror}; choose another") from None
-        self._write(_META, 0, self.meta.to_json())
+        self.path, self._count, self._size = path, 0, 0  # of the segment that grows
 
     def _write(self, kind: int, seq: int, payload: bytes) -> None:
         head = _HEAD.pack(_MAGIC, kind, bytes.fromhex(self.meta.stream), seq, len(payload), 0)

@@ -279,7 +279,9 @@ def test_what_is_no_recording_is_refused_with_the_remedy(tmp_path, content, caps
 def test_another_format_is_refused(tmp_path, monkeypatch):
     described = meta()
     monkeypatch.setattr(module, "FORMAT", 2)
-    SegmentWriter(tmp_path / "s", replace(described, format=2)).close()
+    writer = SegmentWriter(tmp_path / "s", replace(described, format=2))
+    add(writer, make(1))
+    writer.close()
     monkeypatch.setattr(module, "FORMAT", 1)
     with pytest.raises(RecordError, match="00000001.seg: record format 2, not 1"):
         read_recording(tmp_path / "s")

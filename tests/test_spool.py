@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -182,6 +186,105 @@ def test_what_a_link_could_not_deliver_is_on_the_disk(tmp_path):
     learner.close()
     with left_behind(tmp_path) as found:
         assert [(meta, left.first, len(left)) for _, meta, left in found] == [(META, 1, 1)]
+
+
+def test_what_the_learner_has_already_is_not_left_behind_for_ever(tmp_path):
+    """A disk that was full for a while, or a loss of power: the learner has more than the spool."""
+    spool = Spool(tmp_path / META.stream, META)
+    for seq in range(1, 101):
+        spool.append(seq, payload(seq))
+    spool.close()
+    learner = LearnerLink("tcp://127.0.0.1:*", META, {}, lambda *_: pytest.fail("again"), {META.stream: 301})
+    try:
+        deliver(learner.address, tmp_path)
+        assert learner.poll() == [] and list(tmp_path.iterdir()) == []
+    finally:
+        learner.close()
+
+
+def test_an_actor_that_was_killed_at_its_beginning_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    living = Spool(tmp_path / META.stream, META)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "00000001.seg").write_bytes(b"")
+    with left_behind(tmp_path) as found:
+        assert found == []
+    assert [path.name for path in tmp_path.iterdir()] == [META.stream] and not capsys.readouterr().err
+    living.close()
+
+
+def test_actors_that_begin_while_others_look_for_what_was_left_keep_their_folders(tmp_path):
+    done = threading.Event()
+
+    def look():
+        while not done.is_set():
+            with left_behind(tmp_path) as found:
+                assert found == []
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for number in range(300):
+            meta = replace(META, stream=f"{number:016x}")
+            spool = Spool(tmp_path / meta.stream, meta)
+            spool.append(1, payload(1))
+            assert [r.seq for r in record.read_recording(tmp_path / meta.stream, pytest.fail)[1]] == [1]
+            spool.ack(1)
+            spool.close()
+    finally:
+        done.set()
+        looking.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def full_disk():
+    """No file of this process grows."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_did_not_fit_is_on_the_disk_once_there_is_room_even_in_a_new_segment(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "SEGMENT_RECORDS", 10)
+    monkeypatch.setattr(spools, "CATCH_UP", 4)
+    spool = Spool(tmp_path / META.stream, META)
+    for seq in range(1, 11):
+        spool.append(seq, payload(seq))
+    with full_disk():
+        for seq in range(11, 17):
+            spool.append(seq, payload(seq))
+        assert spool.full and "was not written" in spool.trouble
+    spool.append(17, payload(17))
+    assert spool.full  # some are still in memory alone
+    spool.append(18, payload(18))
+    assert not spool.full and not spool.trouble
+    spool.ack(10)
+    assert len(files(tmp_path)) == 1  # and it says whose records it holds
+    spool.close()
+    with left_behind(tmp_path) as found:
+        assert [(meta, left.first, left.next_seq) for _, meta, left in found] == [(META, 11, 19)]
+
+
+def test_a_segment_that_cannot_be_opened_is_opened_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "SEGMENT_RECORDS", 2)
+    spool = Spool(tmp_path / META.stream, META)
+    for seq in (1, 2):
+        spool.append(seq, payload(seq))
+    (tmp_path / META.stream).rename(tmp_path / "away")
+    (tmp_path / META.stream).write_text("in the way")
+    spool.append(3, payload(3))
+    assert spool.full and "cannot be written" in spool.trouble
+    (tmp_path / META.stream).unlink()
+    (tmp_path / "away").rename(tmp_path / META.stream)
+    spool.append(4, payload(4))
+    assert not spool.trouble
+    assert [r.seq for r in record.read_recording(tmp_path / META.stream, pytest.fail)[1]] == [1, 2, 3, 4]
+    spool.ack(4)
+    spool.close()
 
 
 def test_a_full_disk_loses_nothing_and_asks_for_a_pause(tmp_path):

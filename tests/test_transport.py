@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import select
 import socket as sockets
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from tether.launch.transport import ActorLink, LearnerLink
 from tether.launch.wire import WireError
 from tether.robot_env.record import Meta, Record, encode
 
+from tests.chaos.proxy import Proxy
 from tests.conftest import free_address
 
 CHANNELS = (Channel("pose", 2, "m", 50, 0.05, (1.0, 1.0)),)
@@ -249,56 +249,6 @@ def test_several_actors_feed_one_learner():
         assert seqs(found, meta.stream) == list(range(1, count + 1))
 
 
-class Proxy:
-    """Forwards TCP to a learner and cuts every connection when told."""
-
-    def __init__(self, target):
-        self._target = tuple(target.removeprefix("tcp://").split(":"))
-        self._server = sockets.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
-        self._pairs, self._lock, self._ended = [], threading.Lock(), False
-        self._wake, self._woken = sockets.socketpair()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def cut(self):
-        self._wake.send(b"x")
-
-    def close(self):
-        self._ended = True
-        self._wake.send(b"x")
-        self._thread.join()
-        for each in (self._server, self._wake, self._woken):
-            each.close()
-
-    def _run(self):
-        peers = {}
-        while not self._ended:
-            for ready in select.select([self._server, self._woken, *peers], [], [])[0]:
-                if ready is self._server:
-                    one = self._server.accept()[0]
-                    other = sockets.create_connection((self._target[0], int(self._target[1])))
-                    peers |= {one: other, other: one}
-                elif ready is self._woken or ready not in peers:
-                    if ready is self._woken:
-                        ready.recv(64)
-                        self._drop(peers, list(peers))
-                else:
-                    chunk = b""
-                    with suppress(OSError):
-                        chunk = ready.recv(65536)
-                        peers[ready].sendall(chunk)
-                    if not chunk:
-                        self._drop(peers, [ready, peers[ready]])
-        self._drop(peers, list(peers))
-
-    @staticmethod
-    def _drop(peers, which):
-        for each in which:
-            peers.pop(each, None)
-            each.close()
-
-
 def test_cut_connections_neither_lose_nor_double_a_record():
     rng, total, meta = random.Random(3), 3000, describe()
     cuts = set(rng.sample(range(1, total), 8))
@@ -309,7 +259,7 @@ def test_cut_connections_neither_lose_nor_double_a_record():
             for i in range(1, total + 1):
                 one.send(i, payload(i))
                 if i in cuts:
-                    proxy.cut()
+                    proxy.cut(reset=bool(i % 2))
                     link.publish(i, PARAMS)
                 if i % 100 == 0:  # let it come through, so that cuts fall on a live connection
                     until(one, lambda i=i: one._spool.first > i - 50)
