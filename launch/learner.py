@@ -173,6 +173,7 @@ class Learner:
             for record in records:
                 self.trainer.push(meta.stream, record, train=record.seq > cursor.get(meta.stream, 0))
             expected[meta.stream] = records[-1].seq + 1 if records else 1
+        self.trainer.policy()  # can be sent, or it ends here
         if self.job.resume:
             self.log.note(f"resumed at step {self.trainer.steps:,}")
         return expected

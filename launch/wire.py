@@ -52,7 +52,7 @@ MESSAGES = {
     "STATUS": ("actor", "stream:stream state:text spool:count weights:count refused:text stats:numbers"),
     # send me the chunk of this version that begins here. Not asked for twice at once, so that acks pass
     "WANT": ("actor", "stream:stream version:count offset:count"),
-    # body: at most 256 KiB of a safetensors file, of the newest version; from 0 where it is another one
+    # body: at most CHUNK bytes of a safetensors file, of the newest version; from 0 where it is another one
     "WEIGHTS": ("learner", "version:count offset:count nbytes:count layout:sha256 sha256:sha256"),
 }
 FIELDS = {kind: dict(field.split(":") for field in header.split()) for kind, (_, header) in MESSAGES.items()}
