@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TASK ?= car-loop
 SEEDS ?= 0 1 2 3 4
 
-.PHONY: demo test test-slow bench accept lint clean
+.PHONY: demo test test-slow bench accept snapshots weights lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/tether demo car
@@ -22,6 +22,12 @@ bench: $(VENV)/bench
 
 accept: $(VENV)/demo
 	$(BIN)/python tests/accept.py --task $(TASK) --seeds $(SEEDS) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH))
+
+snapshots: $(VENV)/dev
+	$(BIN)/python -m tests.chaos.snapshots --kills 200 --mutations 1000
+
+weights: $(VENV)/dev
+	$(BIN)/python -m tests.chaos.weights --payloads 10000
 
 # The type checker cannot see through the installed mapping of folders; a tree of links can.
 lint: $(VENV)/dev

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..agents.snapshot import SnapshotError
 from ..robot_env.record import Meta, RecordError, SegmentWriter, read_recording, read_streams
 from ..robot_env.task import TaskSpec
 from . import catalog, config
@@ -79,13 +80,15 @@ class Learner:
         self.trainer = Trainer(catalog.make_task(job.spec), job.config, job.seed, experience)
         self._first_lap = False
         self._trouble = ""  # as last told
+        self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
         self._saved = time.monotonic()
         self._version = 0
         expected = self._begin()
         self.journal = Journal(job.folder / "steps")
+        random_steps = job.config.actor.random_steps  # of which a resumed run has made its share
         welcome = {
             "task": job.spec.text, "name": job.spec.name, "seed": job.seed, "policy": self.trainer.policy_spec(),
-            "random_steps": 0 if len(self.trainer.prior) else job.config.actor.random_steps,
+            "random_steps": 0 if len(self.trainer.prior) else max(0, random_steps - self.trainer.steps),
             "auto_reset": job.config.actor.auto_reset,
         }  # fmt: skip
         self.link = LearnerLink(job.bind, catalog.stream_meta(job.spec), welcome, self.journal, expected)
@@ -126,15 +129,22 @@ class Learner:
                 self._publish()
             if self.trainer.steps % settings.log_every == 0:
                 self._measure()
-        for stream in self.link.status():
+        for stream, actor in self.link.status().items():
             self.link.set_run_until(stream, self.trainer.stream_steps(stream) + settings.max_lead)
+            refused = actor.report.get("refused", "")
+            if refused not in ("", self._refused.get(stream)):
+                self._refused[stream] = refused
+                self._warn(f"the actor of stream {stream} keeps its weights and refuses newer ones: {refused!r}")
         self.log.show(self.trainer.steps, {"learn/updates": self.trainer.updates})
         if self.journal.trouble != self._trouble:
             self._trouble = self.journal.trouble
             self._warn(f"{self._trouble}, until then nothing is acknowledged" if self._trouble else "stored again")
         if time.monotonic() - self._saved > settings.snapshot_every_s:
             self._saved = time.monotonic()
-            self.trainer.save(self.job.folder / "snapshots")
+            try:
+                self.trainer.save(self.job.folder / "snapshots")
+            except SnapshotError as error:  # a full disk; the records wait, too
+                self._warn(str(error))
 
     def _measure(self) -> None:
         values = self.trainer.metrics()
@@ -167,6 +177,7 @@ class Learner:
             for record in records:
                 self.trainer.push(meta.stream, record, train=record.seq > cursor.get(meta.stream, 0))
             expected[meta.stream] = records[-1].seq + 1 if records else 1
+        self.trainer.policy()  # can be sent, or it ends here
         if self.job.resume:
             self.log.note(f"resumed at step {self.trainer.steps:,}")
         return expected

@@ -200,9 +200,16 @@ class LearnerLink:
         self._queue.extend((meta.stream, record) for record in records[:stored])
 
 
+class NoLearner(WireError):
+    """Nobody answers at the learner's address."""
+
+
 class ActorLink:
     """The actor's end. `start` asks the learner what there is to do, `begin` opens the stream; from then
     on only the calls with a timeout wait. Every call raises WireError, also for an error of the thread.
+
+    `prepare(version, params)`, in the network thread, makes of weights what `weights` gives out, or raises
+    WireError with the reason to refuse them, which the learner is told.
     """
 
     def __init__(self, address: str) -> None:
@@ -216,40 +223,42 @@ class ActorLink:
         self._spool = Spool()
         self._sent = 0  # highest sequence number sent on this connection
         self._progress_at = 0.0  # when the window last moved
+        self.prepare: Callable[[int, Params], Any] = lambda version, params: params
         self._inbox = wire.Inbox()
         self._newest = 0  # version of the weights the learner has
         self._wanting = False  # a chunk of weights was asked for and has not come
-        self._fresh: deque[tuple[int, Params]] = deque(maxlen=1)
+        self._fresh: deque[tuple[int, Any]] = deque(maxlen=1)
         self._run_until = 0
         self._pump = Pump(zmq.DEALER, address)
         self._pump.start(self._take, self._turn)
 
     def start(self, timeout: float = 10.0) -> dict[str, Any]:
-        """What the learner tells an actor. WireError when no learner answers."""
+        """What the learner tells an actor. NoLearner when none answers."""
         if not self._pump.wait(lambda: self._open, timeout):
             remedy = f"start it with `tether learner TASK --bind {self.address}`"
             if self._pump.locked:
                 remedy += "; if it runs, it has no key of this robot (`tether keys` there), or another one"
-            raise WireError(f"no learner at {self.address} after {timeout:.0f} s: {remedy}")
+            raise NoLearner(f"no learner at {self.address} after {timeout:.0f} s: {remedy}")
         return wire.unpack(self._answer[1], dict, max_str_len=wire.MAX_BODY)
 
     def begin(self, meta: Meta, timeout: float = 10.0, spool: Spool | None = None) -> None:
         """Open the stream `meta`, whose records wait in `spool` (default: in memory).
 
-        WireError with the differences when the learner refuses it.
+        With timeout 0 the learner may come later. WireError with the differences when the learner refuses it.
         """
         self._spool = self._spool if spool is None else spool  # an empty one is false
         self._hello, self._beat_at = (meta.stream, meta.to_json()), 0.0
         self._pump.wake()
-        self.start(timeout)
+        if timeout:
+            self.start(timeout)
 
     def send(self, seq: int, payload: bytes) -> None:
         """Hand over the next record (`record.encode`). WireError when no more fit in memory."""
         self._spool.append(seq, payload)
         self._pump.wake()
 
-    def weights(self, timeout: float = 0.0) -> tuple[int, Params] | None:
-        """(version, parameters) of the newest complete set, once; None when there is none since.
+    def weights(self, timeout: float = 0.0) -> tuple[int, Any] | None:
+        """(version, parameters as `prepare` made them) of the newest set, once; None when there is none since.
 
         Waits up to `timeout` s for one, or until the learner says stop.
         """
@@ -327,7 +336,8 @@ class ActorLink:
 
     def _on_welcome(self, body: bytes, stream: str) -> None:
         self._answer, self._sent, self._beat_at = (stream, body), 0, 0.0
-        self._inbox, self._newest, self._wanting = wire.Inbox(), 0, False  # another learner may count from 1 again
+        # another learner may count from 1 again
+        self._inbox, self._newest, self._wanting = wire.Inbox(self.prepare), 0, False
 
     def _on_refuse(self, body: bytes) -> None:
         if body:
@@ -345,9 +355,9 @@ class ActorLink:
         self.stopped = self.stopped or stop
 
     def _on_weights(self, body: bytes, version: int, **about: Any) -> None:
-        params = self._inbox.take(body, version, **about)
-        if params is not None:
-            self._fresh.append((version, params))
+        prepared = self._inbox.take(body, version, **about)
+        if prepared is not None:
+            self._fresh.append((version, prepared))
         self._newest, self._wanting = version, False
         if self._inbox.tried >= version:
             self._beat_at = 0.0  # tells what became of them
