@@ -17,7 +17,7 @@ from tests.conftest import square
 
 pytest.importorskip("mujoco")
 
-from tether.sim.car import CarTwin  # noqa: E402
+from tether.sim.car import CarTwin
 
 TEXT = (Path(__file__).parents[1] / "SAFETY.md").read_text()
 ROWS = re.findall(r"^\| ([a-z_ ]+) \| (\w+)[^|]*\| `(\w+)`[^|]*\| ([\d.]+) s \|$", TEXT, re.M)
