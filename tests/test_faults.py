@@ -1,4 +1,4 @@
-"""SAFETY.md's tables: each failure of the car's twin is seen as it says, in time, or not at all and within the limits."""
+"""SAFETY.md's tables: each failure of the car's twin is seen as it says and in time, or bounded by the limits."""
 
 from __future__ import annotations
 
