@@ -246,7 +246,7 @@ class ActorLink:
 
         With timeout 0 the learner may come later. WireError with the differences when the learner refuses it.
         """
-        self._spool = spool or self._spool
+        self._spool = self._spool if spool is None else spool  # an empty one is false
         self._hello, self._beat_at = (meta.stream, meta.to_json()), 0.0
         self._pump.wake()
         if timeout:
