@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from tether.launch import catalog, cli, config
 from tether.launch.config import RunError
+from tether.launch.kept import Kept
 from tether.robot_env.record import Record, read_streams
 
 from tests.conftest import FAKE, SETTINGS, TETHER, flags, free_address
@@ -35,6 +36,7 @@ TINY = flags(*SETTINGS)
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where actors keep what they could not deliver
     Path("fake.toml").write_text(FAKE)
 
 
@@ -133,6 +135,56 @@ def test_a_killed_learner_and_a_killed_actor_lose_and_double_nothing():
     # every step made its update, before the restart and after, but for what came after the stop
     late = steps_of(streams) - trainer.start_steps + 1 - trainer.updates
     assert 0 <= late <= trainer.config.learner.max_lead + 1
+    # and the weights are those of a training that nothing interrupted
+    whole = Trainer(make_task(), trainer.config, 0)
+    for stream, records in each_once_and_in_order().items():
+        for record in records:
+            whole.push(stream, record, train=whole.updates < trainer.updates)
+    for x, y in zip(leaves(whole), leaves(trainer), strict=True):
+        assert x.tobytes() == y.tobytes()
+
+
+def test_an_actor_drives_without_a_learner_and_delivers_when_one_comes_back():
+    address = free_address()
+    learner = ("learner", "fake.toml", "--out", "run", "--bind", address, "--steps", 1_000_000, *TINY)
+    alone = ("actor", "fake.toml", "--learner", address, "--spool", "spool")
+    with tether(*learner) as first, tether("actor", "--learner", address, "--spool", "spool") as actor:
+        await_(lambda: count() > 60 and list(Path("spool").glob("*.weights")), first, actor)
+        actor.terminate()
+        assert actor.wait(PATIENCE) == 0
+        await_(lambda: not list(Path("spool").glob("*/*.seg")), first)
+        first.kill()
+        first.wait()
+    before = stored()
+    with tether(*alone) as actor:
+        await_(lambda: waiting() > 30, actor)
+        with tether(*learner, "--resume") as second:
+            await_(lambda: len(stored()) == 2 and count() > sum(map(len, before.values())) + 60, second, actor)
+            second.send_signal(signal.SIGINT)
+            assert actor.wait(PATIENCE) == 0 and second.wait(PATIENCE) == 0
+    (log,) = (path for path in Path().glob("actor-*.log") if "no learner at" in path.read_text())
+    told = rf"no learner at {address} after 10 s: .*; until then the actor drives with weights (\d+), its last here, "
+    version = int(re.search(told + "and records wait in spool", log.read_text())[1])
+    streams = each_once_and_in_order()
+    ((name, records),) = ((name, records) for name, records in streams.items() if name not in before)
+    assert version > 0 and records[0].version == version  # no random steps, no fresh policy
+    assert records[-1].version > max(r.version for rs in before.values() for r in rs)  # and newer ones in the end
+    assert not list(Path("spool").glob("*/*.seg"))
+
+
+def waiting() -> int:
+    """Records in the spool."""
+    return sum(len(records) for _, records in read_streams("spool", on_damage=lambda line: None))
+
+
+def test_an_actor_without_a_learner_never_uses_another_tasks_weights():
+    address = free_address()
+    Path("other.toml").write_text(FAKE.replace("episode_s = 6", "episode_s = 7"))
+    learner = ("learner", "fake.toml", "--out", "run", "--bind", address, "--steps", 40, *TINY)
+    with tether(*learner) as first, tether("actor", "--learner", address, "--spool", "spool") as actor:
+        assert first.wait(PATIENCE) == 0 and actor.wait(PATIENCE) == 0
+    assert Kept(Path("spool"), Path("fake.toml").read_text()).load() is not None
+    assert Kept(Path("spool"), Path("other.toml").read_text()).load() is None
 
 
 def test_two_actors_feed_one_learner():
