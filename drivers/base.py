@@ -30,9 +30,10 @@ class Channel:
         if len(self.scale) != self.size or len(self.most) not in (0, self.size):
             raise ValueError(f"channel {self.name}: {self.size} values, not as many scales or largest ones")
 
-    def plausible(self, value: np.ndarray) -> bool:
-        """Whether the sensor can have given these (size,) values."""
-        return bool(np.isfinite(value).all() and (np.abs(value) <= (self.most or np.inf)).all())
+    @property
+    def range(self) -> np.ndarray:
+        """(size,) largest magnitude of a value that can be used: at least it is finite."""
+        return np.array(self.most or (np.finfo(np.float32).max,) * self.size)
 
 
 @dataclass(frozen=True)

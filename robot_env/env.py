@@ -56,6 +56,8 @@ class RobotEnv(RecordingEnv):
         self.auto_reset = True  # off only to show what practice without it is worth
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.observation_size,), np.float32)
         self.reading: Reading  # the newest
+        self._ranges = {channel.name: channel.range for channel in robot.channels}
+        self._range = np.concatenate(list(self._ranges.values()))
         self._open = False
         self._progress: Any = None
         self._outcome = GENTLE
@@ -129,9 +131,10 @@ class RobotEnv(RecordingEnv):
     def _read(self) -> Reading:
         """The newest reading. A value that no sensor gives did not come: the one before it stands, and ages."""
         new, old = self.robot.read(), self.reading
-        for channel in self.robot.channels:
-            if not channel.plausible(new.values[channel.name]):
-                new.values[channel.name], new.stamps[channel.name] = old.values[channel.name], old.stamps[channel.name]
+        if not (np.abs(np.concatenate([new.values[name] for name in self._ranges])) <= self._range).all():
+            for name, largest in self._ranges.items():
+                if not (np.abs(new.values[name]) <= largest).all():
+                    new.values[name], new.stamps[name] = old.values[name], old.stamps[name]
         return new
 
     def _tick(self, wish: np.ndarray, source: str) -> tuple[Outcome, dict[str, Any]]:
