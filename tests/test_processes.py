@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from tether.launch import catalog, cli, config
 from tether.launch.config import RunError
-from tether.launch.kept import Kept
 from tether.robot_env.record import Record, read_streams
 
 from tests.conftest import FAKE, SETTINGS, TETHER, flags, free_address
@@ -175,16 +174,6 @@ def test_an_actor_drives_without_a_learner_and_delivers_when_one_comes_back():
 def waiting() -> int:
     """Records in the spool."""
     return sum(len(records) for _, records in read_streams("spool", on_damage=lambda line: None))
-
-
-def test_an_actor_without_a_learner_never_uses_another_tasks_weights():
-    address = free_address()
-    Path("other.toml").write_text(FAKE.replace("episode_s = 6", "episode_s = 7"))
-    learner = ("learner", "fake.toml", "--out", "run", "--bind", address, "--steps", 40, *TINY)
-    with tether(*learner) as first, tether("actor", "--learner", address, "--spool", "spool") as actor:
-        assert first.wait(PATIENCE) == 0 and actor.wait(PATIENCE) == 0
-    assert Kept(Path("spool"), Path("fake.toml").read_text()).load() is not None
-    assert Kept(Path("spool"), Path("other.toml").read_text()).load() is None
 
 
 def test_two_actors_feed_one_learner():
