@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,11 @@ class Meta:
     def differences(self, other: Meta) -> list[str]:
         """What two sides must agree on to exchange records and do not, a readable line each."""
         ours, theirs = self._spec(), other._spec()
-        return [f"{key}: {ours.get(key, 'none')} here, {theirs.get(key, 'none')} there"
-                for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        lines = [f"{key}: {ours.get(key, 'none')} here, {theirs.get(key, 'none')} there"
+                 for key in ours | theirs if ours.get(key) != theirs.get(key)]  # fmt: skip
+        rows = enumerate(zip_longest(self.task.splitlines(), other.task.splitlines(), fillvalue=""), 1)
+        # one line of the task says enough: it may have hundreds
+        return lines + [f"task, line {n}: {a:.60} here, {b:.60} there" for n, (a, b) in rows if a != b][:1]
 
     def _spec(self) -> dict[str, Any]:
         lines: dict[str, Any] = {"robot": self.robot, "hz": self.hz}

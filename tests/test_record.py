@@ -330,7 +330,8 @@ def test_meta_round_trip_and_differences():
     described = meta()
     assert Meta.from_json(described.to_json()) == described
     other = meta(hz=20.0, channels=described.channels[:1], task="another")
-    assert described.differences(meta(task="another")) == []
+    (line,) = described.differences(meta(task=described.task.replace("\n", "\nmore = 1\n", 1)))
+    assert line.startswith("task, line 2: ") and line.endswith(" here, more = 1 there")
     lines = described.differences(other)
     assert "hz: 10.0 here, 20.0 there" in lines and any(x.startswith("channel pose: [4, 'm'") for x in lines)
     assert described.differences(meta()) == []

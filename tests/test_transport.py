@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import zmq
 from tether.drivers.base import Channel, Command, Reading
-from tether.launch import pump, transport, wire
+from tether.launch import catalog, pump, transport, wire
 from tether.launch.transport import ActorLink, LearnerLink
 from tether.launch.wire import WireError
 from tether.robot_env.record import Meta, Record, encode
@@ -418,6 +418,31 @@ def test_another_robot_is_refused_with_the_difference():
                 one.begin(describe(hz=7.0), PATIENCE)
             with pytest.raises(WireError, match="refuses"):
                 one.send(1, payload(1))
+        assert link.status() == {}
+
+
+def edit(spec, rng):
+    """The same with one thing changed."""
+    rows, commands, lines = list(spec.channels), list(spec.command), spec.task.splitlines()
+    i, k, n = rng.randrange(len(rows)), rng.randrange(len(commands)), rng.randrange(len(lines))
+    (name, size, unit, hz), (value, low, high) = rows[i], commands[k]
+    rows[i] = rng.choice([(name + "x", size, unit, hz), (name, size + 1, unit, hz), (name, size, "km", hz),
+                          (name, size, unit, hz + 1)])  # fmt: skip
+    commands[k] = rng.choice([(value + "x", low, high), (value, low - 1, high), (value, low, high + 1)])
+    lines[n] += rng.choice([" # changed", "0", "x"])
+    return rng.choice([{"channels": tuple(rows)}, {"channels": spec.channels[:i] + spec.channels[i + 1 :]},
+                       {"command": tuple(commands)}, {"hz": spec.hz + 1}, {"robot": spec.robot + "x"},
+                       {"task": "\n".join(lines)}])  # fmt: skip
+
+
+def test_every_edit_of_the_description_is_refused_at_once_with_the_difference():
+    spec = catalog.stream_meta(catalog.load_spec("car-loop"))
+    rng = random.Random(5)
+    with learner(spec=spec) as link:
+        for _ in range(50):
+            change = edit(spec, rng)
+            with pytest.raises(WireError, match=" here, .* there"), actor(link.address) as one:
+                one.begin(replace(spec, stream=f"{rng.getrandbits(64):016x}", **change), 1.0)
         assert link.status() == {}
 
 
