@@ -226,7 +226,8 @@ class Spool:
 
     def batch(self, seq: int) -> list[bytes]:
         """The records from `seq` on that fit one message."""
-        found, room = [], wire.CHUNK
+        found: list[bytes] = []
+        room = wire.CHUNK
         for number in range(seq, min(seq + wire.MAX_BATCH, self.next_seq)):
             room -= len(self._payloads[number]) + 8  # as msgpack frames it
             if room < 0 and found:
