@@ -168,7 +168,7 @@ def test_clipped_text_always_fits():
 
 PARAMS = {
     "mean/kernel": np.arange(12, dtype=np.float32).reshape(4, 3),
-    "dense0/kernel": np.ones((200, 500), np.float32), "scalar": np.float32(3), "mean/bias": np.zeros(3),
+    "dense0/kernel": np.ones((200, 250), np.float32), "scalar": np.float32(3), "mean/bias": np.zeros(3),
 }
 
 
