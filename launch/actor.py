@@ -142,6 +142,7 @@ def serve(
             if isinstance(env, RobotEnv):
                 env.auto_reset = bool(orders["auto_reset"])
             link.begin(catalog.stream_meta(spec))
+            print(f"actor: drives {spec.name} for the learner at {address}", file=sys.stderr)
             lockstep = not (real or realtime)
             pilot = Pilot(env, link, stopped, orders["policy"], int(orders["random_steps"]), seed, lockstep)
             with suppress(Leave):
