@@ -246,7 +246,8 @@ def serve(
             else:
                 pilot.swap(alone[0], pilot.prepare(*alone))
             link.begin(meta, 10.0 if alone is None else 0.0, Spool(parent_folder / meta.stream, meta))
-            print(f"actor: {parent_folder} has room for {hours(meta, parent_folder):.1f} h of records", file=sys.stderr)
+            room = f"{parent_folder} has room for {hours(meta, parent_folder):.1f} h of records"
+            print(f"actor: drives {spec.name} for the learner at {address}; {room}", file=sys.stderr)
             try:
                 while not pilot.refresh(0.5):  # nothing moves before the first weights
                     if stopped():

@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that went away is no error
         return 0 if result.get("ready", True) else 1  # what `tether doctor` found
     except KeyboardInterrupt:
+        print("tether: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

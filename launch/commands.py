@@ -55,7 +55,7 @@ def record(options: Namespace) -> Said:
     env = _env(options, task)
     with teach.teacher(options.teleop, env, options.speed, options.quality, options.seed) as driver:
         result = teach.record_laps(env, driver, options.laps, out, options.seed, _progress)
-    return "{laps} laps, {steps} steps in {file}".format(**result), result
+    return "{laps} laps, {steps} steps in {file}\nnext: tether course {file}".format(**result), result
 
 
 def course(options: Namespace) -> Said:
@@ -67,7 +67,8 @@ def course(options: Namespace) -> Said:
     if out.suffix != ".toml":
         raise TaskError(f"--out {out}: a task file's name ends in .toml")
     result = teach.make_course(file, out, options.length, options.width, options.checkpoints)
-    return "{file}: {checkpoints} checkpoints on {length_m} m, {width_m} m wide".format(**result), result
+    text = "{file}: {checkpoints} checkpoints on {length_m} m, {width_m} m wide\nnext: tether record {file}"
+    return text.format(**result), result
 
 
 def evaluate(options: Namespace) -> Said:
@@ -107,7 +108,8 @@ def export(options: Namespace) -> Said:
     out = Path(options.out) if options.out else run_folder / "bundle"
     checked = freeze(run_folder, out)
     error, p99 = checked["task"]["max_error"], checked["task"]["latency_ms"]["p99"]
-    return f"{out}: equal to {error:.1e}, p99 {p99:.3f} ms a tick", {"bundle": str(out), "checked": checked}
+    text = f"{out}: equal to {error:.1e}, p99 {p99:.3f} ms a tick\nnext: tether drive {out}"
+    return text, {"bundle": str(out), "checked": checked}
 
 
 def report(options: Namespace) -> Said:

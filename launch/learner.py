@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,12 @@ class Learner:
     def __init__(self, job: Job, log: Log) -> None:
         self.job, self.log = job, log
         steps = [Path(source) / "steps" for source in job.prior]  # of a run; a recording has none
-        prior = [read_streams(s) if s.is_dir() else [read_recording(s.parent)] for s in steps]
-        experience = [records for streams in prior for _, records in streams]
-        self.trainer = Trainer(catalog.make_task(job.spec), job.config, job.seed, experience)
-        self._first_lap = False
+        prior = list(chain.from_iterable(read_streams(s) if s.is_dir() else [read_recording(s.parent)] for s in steps))
+        if others := {meta.robot for meta, _ in prior} - {job.spec.robot}:
+            raise config.RunError(f"--prior: recorded on {', '.join(others)}; this task's robot is {job.spec.robot}")
+        task, experience = catalog.make_task(job.spec), [records for _, records in prior]
+        self.trainer = Trainer(task, job.config, job.seed, experience)
+        self._first_lap, self._actors = False, 0
         self._trouble = ""  # as last told
         self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
         self._saved = time.monotonic()
@@ -135,6 +138,10 @@ class Learner:
             if refused not in ("", self._refused.get(stream)):
                 self._refused[stream] = refused
                 self._warn(f"the actor of stream {stream} keeps its weights and refuses newer ones: {refused!r}")
+        actors = sum(actor.connected for actor in self.link.status().values())
+        if actors != self._actors:
+            self._actors = actors
+            self.log.note(f"actors connected: {actors}")
         self.log.show(self.trainer.steps, {"learn/updates": self.trainer.updates})
         if self.journal.trouble != self._trouble:
             self._trouble = self.journal.trouble
@@ -151,7 +158,7 @@ class Learner:
         actors = self.link.status().values()
         values["link/steps_received"] = sum(actor.received for actor in actors)
         values["link/weights_version"] = self._version
-        newest = min((actor.weights_at for actor in actors), default=math.inf)
+        newest = min((actor.weights_at for actor in actors if actor.connected), default=math.inf)
         values["link/weights_age_s"] = time.monotonic() - newest
         for actor in actors:
             values |= actor.report["stats"]

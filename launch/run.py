@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
     with (
-        stoppable(lambda: ACTOR_ENDED if child and child.poll() else "") as stopped,
+        _owned(job.folder), stoppable(lambda: ACTOR_ENDED if child and child.poll() else "") as stopped,
         contextlib.closing(Log(job.folder, job.config.learner.steps, tensorboard=job.tensorboard)) as log,
     ):
         try:
@@ -71,7 +73,9 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
                 (job.folder / "config.toml").write_text(text, encoding="utf-8")
                 config.point_latest(job.folder)
             log.note(f"run {job.folder}, learner at {learner.link.address}")
-            if actor is not None and learner.trainer.steps < job.config.learner.steps:
+            if learner.trainer.steps >= job.config.learner.steps:
+                log.note(f"it has its {learner.trainer.steps:,} steps already; for more give --steps")
+            elif actor is not None:
                 child = _spawn_actor(learner.link.address, [*actor, "--spool", str(job.folder / "spool")], cores)
             result = learner.run(stopped)
             if child and child.wait(ACTOR_GRACE_S) and stopped() == ACTOR_ENDED:
@@ -86,6 +90,19 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
             if child and child.poll() is None:
                 child.terminate()
                 child.wait()
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Keep other learners out of a run's folder."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise RunError(f"{folder} belongs to a learner that runs; stop it, or choose another --out") from None
+    finally:
+        os.close(held)
 
 
 def _split_cores() -> set[int] | None:

@@ -13,6 +13,7 @@ from ..drivers.base import DriverError
 from ..drivers.gamepad import Gamepad
 from ..drivers.keyboard import Keyboard
 from ..robot_env import record, task, track
+from ..robot_env.course import Course
 from ..robot_env.env import RobotEnv
 from . import catalog
 from .evaluate import Tally, practise, pursuit
@@ -20,6 +21,7 @@ from .evaluate import Tally, practise, pursuit
 LOOKAHEAD_M = 0.8  # of the scripted driver
 WANDER_RAD = 0.15  # steering noise of a script of quality 0
 WANDER_S = 0.5  # its correlation time
+SLOWEST_MPS = 0.2  # a recording that takes longer than at this speed is given up
 OVERLAP_M = 1.0  # driven beyond the last lap, so that the loop closes
 
 # (observation, previous action) -> (a,) wish in action units, or None to stop
@@ -76,7 +78,9 @@ def record_laps(
     """Drive, write every record as it happens, and close the environment. Returns DESIGN's keys of `record`."""
     if out.exists():
         raise record.RecordError(f"{out} is already there; choose another --out")
+    assert isinstance(env.task, Course)
     tally, overlap = Tally(env), 0.0
+    patience = (laps + 1) * env.task.line.length / SLOWEST_MPS * env.task.spec.hz
     with closing(record.SegmentWriter(out, catalog.stream_meta(env.task.spec))) as writer:
 
         def keep(made: record.Record) -> None:
@@ -84,6 +88,8 @@ def record_laps(
             writer.append(made.seq, record.encode(made))
             if len(tally.laps) >= laps:
                 overlap += abs(float(made.reading.values["velocity"][0])) / env.task.spec.hz
+            if made.seq > patience:
+                raise record.RecordError(f"{out}: lap {len(tally.laps) + 1} does not end: too narrow, tight or slow?")
             if "lap_time_s" in made.events:
                 say(f"lap {len(tally.laps)} of {laps}: {tally.laps[-1]:.1f} s")
 
@@ -106,7 +112,8 @@ def make_course(
     if file.suffix == ".csv":
         centerline, width_m = track.read_csv(file, length, width)
         line = centerline = track.resample(centerline, track.STEP_M, True)
-        track.walls(centerline, width_m)  # refuses a corridor that joins two stretches
+        if len(track.walls(centerline, width_m)) < 2:  # it refuses a corridor that joins two stretches itself
+            raise track.TrackError(f"{file}: {width_m:g} m wide it has no inside: less --width, or more --length")
     elif length:
         raise track.TrackError("--length scales a CSV; a recording has its own length")
     else:
@@ -122,7 +129,8 @@ def make_course(
     text = track.task_toml(centerline, width_m, chosen, radius, **rates)
     catalog.make_task(task.parse(text, out.stem, str(out)))  # what we write, we can read
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    out.with_suffix(".new").write_text(text, encoding="utf-8")  # on a full disk an older file stays whole
+    out.with_suffix(".new").replace(out)
     return {
         "file": str(out), "checkpoints": len(chosen), "width_m": round(width_m, 3),
         "length_m": round(track.Line(line, True).length, 2),

@@ -104,11 +104,11 @@ def read_csv(path: Path, length_m: float | None = None, width_m: float | None = 
             try:
                 rows.append([float(cells[header.index(name)]) for name in names])
                 if not np.isfinite(rows[-1]).all() or min(rows[-1][2:], default=0.0) < 0:
-                    raise ValueError("a number that cannot be")
-            except (ValueError, IndexError) as error:
+                    raise ValueError
+            except (ValueError, IndexError):
                 raise TrackError(
-                    f"{path}:{number}: {line[:80]!r}: {error}; every line gives {', '.join(names)} in m, below a line "
-                    "'# x_m,y_m,w_tr_right_m,w_tr_left_m' (with --width no w are needed)"
+                    f"{path}:{number}: {line[:80]!r} does not give {', '.join(names)} in m (finite, no width below 0), "
+                    "below a line '# x_m,y_m,w_tr_right_m,w_tr_left_m' (with --width no w are needed)"
                 ) from None
     if len({(x, y) for x, y, *_ in rows}) < 4:
         raise TrackError(f"{path}: {len(rows)} points; a closed track needs at least 4 different ones")

@@ -21,7 +21,7 @@ clean "$folder/robot/bin/tether" drive --help >/dev/null
 clean "$folder/robot/bin/python" -c "
 from importlib.metadata import distributions
 from importlib.util import find_spec
-names = sorted(d.name for d in distributions())
+names = sorted({d.name for d in distributions()})
 assert find_spec('jax') is None, 'jax is in the base installation'
 print('base and [sim]:', len(names), 'distributions:', *names)
 "

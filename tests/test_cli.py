@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tether.launch import actor, cli
+from tether.launch import actor, cli, teach
 from tether.robot_env.record import read_recording
 
 from tests.conftest import FAKE, SETTINGS, TETHER, flags, free_address
@@ -31,6 +32,7 @@ COMMANDS = (
     "list",
 )
 TINY = flags(*SETTINGS)
+HOOK = str(Path(__file__).parents[1] / "robot_env" / "tasks" / "hook.csv")
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +139,7 @@ TYPED = {
     "no laps": (["record", "fake.toml", "--laps", "0"], "from 1"),
     "no CSV": (["course", "none.csv"], "none.csv"),
     "no recording": (["course", "lap"], "lap cannot be read"),
+    "no inside": (["course", HOOK, "--width", "1.5", "--length", "3"], "1.5 m wide it has no inside: .*--length"),
     "no task's name": (["course", "fake.csv", "--out", "x"], "ends in .toml"),
     "eval of nothing": (["eval", "x"], "x: neither a run nor a bundle"),
     "export of nothing": (["export", "x"], "x: not a run folder"),
@@ -153,6 +156,32 @@ def test_bad_input_is_one_line(arguments, says, capsys):
     if {"--prior", "--from", "--bind"} & set(arguments):
         pytest.importorskip("jax")
     assert re.search(says, refused(capsys, *arguments))
+
+
+def test_a_recording_of_another_robot_is_refused(capsys):
+    pytest.importorskip("jax")
+    assert tether("record", "fake.toml", "--out", "lap") == 0
+    said = refused(capsys, "run", "gym:Pendulum-v1", "--prior", "lap", *TINY)
+    assert "--prior: recorded on fake; this task's robot is gym:Pendulum-v1" in said
+
+
+def test_a_recording_that_gets_nowhere_is_given_up(monkeypatch, capsys):
+    monkeypatch.setattr(teach, "SLOWEST_MPS", 5.0)
+    assert "lap: lap 1 does not end: too narrow" in refused(capsys, "record", "fake.toml", "--out", "lap")
+
+
+def test_a_task_file_outlives_a_disk_that_is_full(monkeypatch, capsys):
+    assert tether("course", HOOK, "--out", "course.toml") == 0
+    before = Path("course.toml").read_text()
+    write = Path.write_text
+
+    def full(path, text, **options):
+        write(path, text[:1000], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "No space left" in refused(capsys, "course", HOOK, "--width", "1.2", "--out", "course.toml")
+    assert Path("course.toml").read_text() == before
 
 
 FILES = {
@@ -219,7 +248,6 @@ def test_a_recording_cut_short(capsys):
 
 
 def test_ctrl_c_ends_a_recording_as_a_whole(capsys, monkeypatch):
-    from tether.launch import teach
 
     scripted = teach.scripted
 

@@ -271,6 +271,18 @@ def test_an_actor_does_not_outlive_the_run_it_belongs_to():
     each_once_and_in_order()
 
 
+def test_a_run_belongs_to_one_learner():
+    with tether("run", "fake.toml", "--out", "run", "--steps", 1_000_000, *TINY) as run:
+        await_(lambda: count() > 20, run)
+        with tether("learner", "fake.toml", "--out", "run", "--resume", "--bind", free_address()) as other:
+            assert other.wait(PATIENCE) == 2
+        run.send_signal(signal.SIGINT)
+        assert run.wait(PATIENCE) == 0
+    (log,) = Path().glob("learner-*.log")
+    assert "belongs to a learner that runs" in log.read_text()
+    each_once_and_in_order()
+
+
 def test_an_actor_that_fails_ends_the_run_with_its_reason(monkeypatch):
     with tether("run", "fake.toml", "--out", "run", "--steps", 1_000_000, *TINY) as run:
         await_(lambda: count() > 20, run)
