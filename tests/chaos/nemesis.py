@@ -86,6 +86,14 @@ class Nemesis:
         self.waits.setdefault(name, []).append(self._await_records(time.monotonic(), "actor's disk full" in kinds))
         return name
 
+    def stall_for(self, seconds: float) -> float:
+        """A stall of the network; seconds from its end to the next record of every actor."""
+        with self._proxied(stalled=True):
+            self.counts["stall"] += 1
+            time.sleep(seconds)
+        self.waits.setdefault("stall", []).append(self._await_records(time.monotonic()))
+        return self.waits["stall"][-1]
+
     def finish(self) -> dict[str, Any]:
         """Let everything be delivered, end it, and say what became of the records."""
         for process in self._actors:
