@@ -35,7 +35,7 @@ class Nemesis:
     """A learner and actors in `folder`, a proxy between them, and faults. Use as a context; `fault()` as often as
     one likes; `finish()` brings everything home and returns the totals."""
 
-    def __init__(self, folder: Path, seed: int, hz: float = 200.0, actors: int = ACTORS) -> None:
+    def __init__(self, folder: Path, seed: int, hz: float = 300.0, actors: int = ACTORS) -> None:
         self.folder, self.hz = folder, hz
         self.counts: Counter[str] = Counter()
         self.waits: dict[str, list[float]] = {}  # s from the end of a fault to the first record, by kind
