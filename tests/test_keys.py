@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket as sockets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import zmq
 from tether.drivers.car import CHANNELS, COMMAND
-from tether.launch import keys, pump
+from tether.launch import keys, pump, wire
 from tether.launch.keys import KeysError
 from tether.launch.transport import ActorLink, LearnerLink
 from tether.launch.wire import WireError
 from tether.robot_env.record import Meta
 
+from tests.chaos.proxy import Proxy
+
 NOWHERE = re.compile("(?!)")
+REFUSED = (zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+           | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED)  # fmt: skip
 
 
 @pytest.fixture
@@ -80,8 +86,7 @@ def test_nobody_else_gets_a_message_in(homes, case, tmp_path):
     learner = End(zmq.ROUTER, "tcp://127.0.0.1:*")
     context = zmq.Context()
     intruder = context.socket(zmq.DEALER)
-    monitor = intruder.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-                                          | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED)  # fmt: skip
+    monitor = intruder.get_monitor_socket(REFUSED)
     pair = keys._pair()
     known = keys._read(homes("car") / "actor.key")
     if case == "unknown key":
@@ -183,3 +188,109 @@ def test_a_stream_belongs_to_the_key_it_came_with(homes):
     finally:
         for link in (*links, learner):
             link.close()
+
+
+def open_learner(stored):
+    meta = Meta.of("car", "the task", 10, CHANNELS, COMMAND)
+
+    def journal(meta, first, payloads):
+        stored.extend(payloads)
+        return len(payloads)
+
+    return meta, LearnerLink("tcp://127.0.0.1:*", meta, {"task": "the task"}, journal, {})
+
+
+def test_recorded_traffic_that_is_replayed_says_nothing(homes):
+    stored, secret = [], b"what the robot saw"
+    homes("learner")
+    learner = End(zmq.ROUTER, "tcp://127.0.0.1:*")
+    proxy = Proxy(learner.pump.address)
+    proxy.recorded = []
+    homes("car")
+    car = End(zmq.DEALER, proxy.address)
+    try:
+        for _ in range(3):
+            car.send(secret)
+        assert learner.pump.wait(lambda: len(learner.came) == 3, 10)
+        car.pump.close()
+        recorded, proxy.recorded = b"".join(proxy.recorded), None
+        stored = list(learner.came)
+        assert len(recorded) > 500 and secret not in recorded
+        host, port = learner.pump.address.removeprefix("tcp://").split(":")
+        for part in (recorded, recorded[: len(recorded) // 2], recorded * 2):
+            with sockets.create_connection((host, int(port)), timeout=10) as thief, suppress(OSError):
+                thief.sendall(part)
+                while thief.recv(4096):  # the learner's half of a handshake, and then the end
+                    pass
+        homes("dog")
+        dog = End(zmq.DEALER, learner.pump.address)  # who belongs there is served on
+        dog.send(b"me")
+        assert learner.pump.wait(lambda: len(learner.came) > 3, 10)
+        dog.pump.close()
+        assert learner.came[:3] == stored and [peer for peer, _ in learner.came[3:]] == ["dog"]
+        assert learner.pump.malformed == 0
+    finally:
+        proxy.close()
+        learner.pump.close()
+
+
+def test_a_key_lets_its_actor_play_no_other_part(homes):
+    """An actor that talks as a learner does, and a learner's key at an actor's place, are not heard."""
+    homes("learner")
+    stored = []
+    meta, learner = open_learner(stored)
+    homes("car")
+    car = End(zmq.DEALER, learner.address)
+    try:
+        for kind, body, fields in (
+            ("WELCOME", b"", {"stream": meta.stream}), ("REFUSE", b"go away", {}),
+            ("ACK", b"", {"seq": 1, "run_until": 9, "weights": 1, "stop": "now"}),
+            ("WEIGHTS", b"x", {"version": 1, "offset": 0, "nbytes": 1, "layout": "a" * 64, "sha256": "b" * 64}),
+        ):
+            car.send(*wire.encode(kind, body, **fields))
+        car.send(*wire.encode("HELLO", b"", stream=meta.stream, first=1, next=1))
+        assert car.pump.wait(lambda: car.came, 10)
+        assert wire.decode(car.came[0][1], "learner").kind == "WELCOME"  # to the last of them
+        assert learner._pump.malformed == 4 and learner.status() == {} and stored == []
+        homes("learner")
+        own = keys._read(keys.folder() / "learner.key")
+        context = zmq.Context()
+        imposter = context.socket(zmq.DEALER)
+        keys.Keys("learner", own.public, own.secret, own.public).lock(imposter)
+        monitor = imposter.get_monitor_socket(REFUSED)
+        imposter.connect(learner.address)
+        assert monitor.poll(10_000), "nothing was refused"
+        imposter.disable_monitor()
+        context.destroy(0)
+    finally:
+        car.pump.close()
+        learner.close()
+
+
+def test_a_second_key_cannot_go_on_with_a_stream_or_speak_for_it(homes):
+    homes("learner")
+    stored = []
+    meta, learner = open_learner(stored)
+    homes("car")
+    first = ActorLink(learner.address)
+    homes("dog")
+    thief = End(zmq.DEALER, learner.address)
+    try:
+        first.begin(meta)
+        status = {"state": "closed", "spool": 0, "weights": 0, "refused": "", "stats": {}}
+        for frames in (
+            wire.encode("HELLO", meta.to_json(), stream=meta.stream, first=1, next=1),
+            wire.encode("DATA", b"\x91\xc4\x01x", stream=meta.stream, seq=1),
+            wire.encode("STATUS", stream=meta.stream, **status),
+            wire.encode("WANT", stream=meta.stream, version=1, offset=0),
+        ):
+            thief.send(*frames)
+        assert thief.pump.wait(lambda: len(thief.came) == 4, 10)
+        answers = [wire.decode(frames, "learner") for _, frames in thief.came]
+        assert [answer.kind for answer in answers] == ["REFUSE"] * 4 and b"cannot go on here" in answers[0].body
+        stream = learner.status()[meta.stream]
+        assert (stream.owner, stream.expected, stream.report["state"]) == ("car", 1, "run") and stored == []
+    finally:
+        thief.pump.close()
+        first.close()
+        learner.close()

@@ -124,3 +124,38 @@ def test_nothing_unpickles_or_evaluates() -> None:
                 assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}"
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert isinstance(node.value, ast.Constant) and node.value.value is False, f"{path}"
+
+
+# what runs, or builds, whatever its input says
+BUILTINS = {"eval", "exec", "compile", "__import__", "pickle"}
+MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}
+CALLS = {"yaml.load", "yaml.full_load", "yaml.unsafe_load", "torch.load", "builtins.eval", "builtins.exec"}
+METHODS = {"recv_pyobj", "send_pyobj", "read_pickle"}
+
+
+def trusting(tree: ast.AST) -> list[str]:
+    """What in a module trusts what comes in."""
+    found = [name for _, name in imports(tree) if name.split(".")[0] in MODULES]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in BUILTINS:
+            found.append(node.id)
+        elif isinstance(node, ast.Attribute) and (ast.unparse(node) in CALLS or node.attr in METHODS):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+            found.append("allow_pickle")
+    return found
+
+
+@pytest.mark.parametrize("room, path", SOURCES, ids=[str(p.relative_to(ROOT)) for _, p in SOURCES])
+def test_nothing_that_comes_in_is_run(room: str, path: Path) -> None:
+    assert trusting(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize("code", [
+    "import pickle", "from pickle import loads", "import os, shelve", "def f(): from marshal import load", "eval(x)",
+    "map(exec, x)", "compile(x, '', 'exec')", "np.load(f, allow_pickle=True)", "np.load(f, allow_pickle=flag)",
+    "torch.load(f)", "yaml.load(f)", "socket.recv_pyobj()", "from torch import load; torch.load(x)",
+])  # fmt: skip
+def test_what_would_run_it_is_found(code: str) -> None:
+    assert trusting(ast.parse(code))
+    assert not trusting(ast.parse("re.compile(x); spec.compile(); self.eval(); np.load(f, allow_pickle=False)"))

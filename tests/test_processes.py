@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -191,6 +193,53 @@ def test_two_actors_feed_one_learner():
     n = min(map(len, poses))
     assert not np.array_equal(poses[0][:n], poses[1][:n])  # each explores by itself
     restored()
+
+
+@contextmanager
+def talking(*arguments: object):
+    """A process of ours and the lines it says, which need no disk."""
+    command = [*TETHER, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: [lines.append(line) for line in process.stdout])
+    reader.start()
+    try:
+        yield process, lines
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stdout.close()
+        print("".join(lines))
+
+
+def fill_disk(process: subprocess.Popen, full: bool = True) -> None:
+    """From now on no file of the process grows, or all may again."""
+    soft = 0 if full else resource.RLIM_INFINITY
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+
+
+def test_full_disks_are_said_and_lose_nothing():
+    address, rare = free_address(), flags("learner.snapshot_every_s=1000.0")
+    arguments = ("learner", "fake.toml", "--out", "run", "--bind", address, "--steps", 1_000_000, *TINY, *rare)
+    with talking(*arguments) as (learner, said), talking("actor", "--learner", address, "--spool", "spool") as (
+        actor, told,
+    ):  # fmt: skip
+        await_(lambda: count() > 40, learner, actor)
+        fill_disk(learner)
+        await_(lambda: any("nothing is acknowledged" in line for line in said), learner, actor)
+        full = count()
+        fill_disk(learner, False)
+        await_(lambda: count() > full + 40 and any("stored again" in line for line in said), learner, actor)
+        fill_disk(actor)
+        await_(lambda: any("actor: paused" in line for line in told), learner, actor)
+        paused = count()
+        await_(lambda: count() > paused + 100, learner, actor)  # it goes on when the learner has what waited
+        fill_disk(actor, False)
+        learner.send_signal(signal.SIGINT)
+        assert learner.wait(PATIENCE) == actor.wait(PATIENCE) == 0
+    (records,) = each_once_and_in_order().values()
+    assert records[-1].action is None and list(Path("spool").iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -16,7 +16,7 @@ from tests.chaos.nemesis import Nemesis
 BAD = ("lost", "doubled", "disordered", "altered", "spools_left")
 
 
-def run(faults: int, seed: int, folder: Path, hz: float = 200.0) -> dict:
+def run(faults: int, seed: int, folder: Path, hz: float = 300.0) -> dict:
     """The totals of one campaign, with a line of progress now and then."""
     started = told = time.monotonic()
     with Nemesis(folder, seed, hz) as nemesis:

@@ -35,7 +35,7 @@ class Nemesis:
     """A learner and actors in `folder`, a proxy between them, and faults. Use as a context; `fault()` as often as
     one likes; `finish()` brings everything home and returns the totals."""
 
-    def __init__(self, folder: Path, seed: int, hz: float = 200.0, actors: int = ACTORS) -> None:
+    def __init__(self, folder: Path, seed: int, hz: float = 300.0, actors: int = ACTORS) -> None:
         self.folder, self.hz = folder, hz
         self.counts: Counter[str] = Counter()
         self.waits: dict[str, list[float]] = {}  # s from the end of a fault to the first record, by kind
@@ -85,6 +85,14 @@ class Nemesis:
         name = " + ".join(kinds)
         self.waits.setdefault(name, []).append(self._await_records(time.monotonic(), "actor's disk full" in kinds))
         return name
+
+    def stall_for(self, seconds: float) -> float:
+        """A stall of the network; seconds from its end to the next record of every actor."""
+        with self._proxied(stalled=True):
+            self.counts["stall"] += 1
+            time.sleep(seconds)
+        self.waits.setdefault("stall", []).append(self._await_records(time.monotonic()))
+        return self.waits["stall"][-1]
 
     def finish(self) -> dict[str, Any]:
         """Let everything be delivered, end it, and say what became of the records."""
