@@ -101,8 +101,8 @@ def link() -> dict[str, float]:
 
 
 def cost() -> dict[str, float]:
-    """What durability and safety add: to an actor's tick (gate, plausibility, record, spool on disk, flight recorder) and
-    to a learner's step (journal, synced before the record is acknowledged)."""
+    """What durability and safety add: to an actor's tick (gate, plausibility, record, spool on disk, flight recorder)
+    and to a learner's step (journal, synced before the record is acknowledged)."""
     spec = catalog.load_spec("car-loop")
     env = catalog.make_env(catalog.make_task(spec))
     assert isinstance(env, RobotEnv)
