@@ -132,7 +132,7 @@ TYPED = {
         ["learner", "fake.toml", "--bind", "tcp://0.0.0.0:5555", *TINY],
         "needs keys: there is no .*learner.key; `tether keys NAME`",
     ),
-    "a learner elsewhere": (["actor", "--learner", "tcp://10.0.0.1:5555"], "10.0.0.1.* no .*actor.key; `tether keys NAME`"),
+    "a learner elsewhere": (["actor", "--learner", "tcp://10.0.0.1:5555"], "10.0.0.1.*there is no .*actor.key"),
     "hardware without a driver": (["record", "car-loop", "--real"], "car has no hardware driver yet; .*--real"),
     "a gym without hardware": (["record", "gym:Pendulum-v1"], "only courses can be recorded"),
     "too fast": (["record", "fake.toml", "--speed", "9"], "--speed 9: between 0 and 4.5"),
