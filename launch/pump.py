@@ -23,7 +23,7 @@ TICK_MS = 50  # at most between two turns
 # (zeromq/libzmq#4364). The kernel notices a dead peer, and the actor a silent one.
 OPTIONS = {
     zmq.MAXMSGSIZE: 1 << 20, zmq.SNDHWM: 64, zmq.RCVHWM: 64, zmq.LINGER: 0, zmq.HANDSHAKE_IVL: 3000,
-    zmq.CONNECT_TIMEOUT: 2000, zmq.RECONNECT_IVL: 100, zmq.RECONNECT_IVL_MAX: 2000, zmq.TCP_MAXRT: 2000,
+    zmq.CONNECT_TIMEOUT: 2000, zmq.RECONNECT_IVL: 100, zmq.RECONNECT_IVL_MAX: 500, zmq.TCP_MAXRT: 2000,
     zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 2, zmq.TCP_KEEPALIVE_INTVL: 1, zmq.TCP_KEEPALIVE_CNT: 3,
 }
 
