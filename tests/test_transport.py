@@ -453,18 +453,6 @@ def test_a_stream_from_the_learners_future_is_refused():
             one.begin(meta, PATIENCE)
 
 
-def test_tasks_of_other_streams_do_not_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(transport, "MAX_TASKS", 25)
-    with learner() as link, raw(zmq.DEALER, link.address) as peer:
-        for number in range(3):
-            meta = describe(stream=f"{number:016x}", task="x" * 10)
-            peer.send_multipart(hello(meta))
-            answer = next_of(peer, "REFUSE" if number == 2 else "WELCOME")
-        assert b"cannot go on here" in answer.body
-        peer.send_multipart(hello(describe(stream="f" * 16)))
-        assert next_of(peer, "WELCOME").fields["stream"] == "f" * 16
-
-
 def test_hello_that_contradicts_itself_is_refused():
     meta = describe()
     with learner() as link, raw(zmq.DEALER, link.address) as peer:
