@@ -69,7 +69,8 @@ def drive(address: str, folder: Path, stream: str, out: Path) -> None:
         if env.rate.late > before:
             missed_at.append(time.monotonic())
     link.close(PATIENCE)
-    result = {"missed_at": missed_at, "ticks": len(busy), "missed": env.rate.late, "link_ms": _row(busy), "link_cpu_ms": _row(cpu)}
+    result: dict[str, Any] = {"missed_at": missed_at, "ticks": len(busy), "missed": env.rate.late}
+    result |= {"link_ms": _row(busy), "link_cpu_ms": _row(cpu)}
     result["lateness_ms"] = {key: round(value, 2) for key, value in env.rate.lateness_ms().items()}
     out.write_text(json.dumps(result))
 
