@@ -113,19 +113,6 @@ def test_every_folder_is_shipped() -> None:
     assert {f"tether.{'.'.join(f.relative_to(ROOT).parts)}" for f in folders} == set(listed)
 
 
-def test_nothing_unpickles_or_evaluates() -> None:
-    forbidden = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}
-    for _, path in SOURCES:
-        tree = ast.parse(path.read_text())
-        names = {name.split(".")[0] for _, name in imports(tree)}
-        assert not names & forbidden, f"{path}: {names & forbidden}"
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}"
-            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-                assert isinstance(node.value, ast.Constant) and node.value.value is False, f"{path}"
-
-
 # what runs, or builds, whatever its input says
 BUILTINS = {"eval", "exec", "compile", "__import__", "pickle"}
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}
