@@ -19,8 +19,8 @@ CHANNELS = (
     Channel("velocity", 2, "m/s", 50.0, 0.05, (3.0, 1.0), most=(15.0, 15.0), noisy=True),
     Channel("wheel_speed", 1, "m/s", 50.0, 0.04, (3.0,), most=(15.0,)),
     Channel("steering", 1, "rad", 50.0, 0.04, (0.38,), most=(0.6,)),
-    # map frame; a tracking camera's map is smaller than this
-    Channel("pose", 4, "m, m, cos, sin", 50.0, 0.05, (5.0, 5.0, 1.0, 1.0), most=(500.0, 500.0, 1.2, 1.2), noisy=True),
+    # map frame; beyond 10 km a float32 is coarser than 1 mm
+    Channel("pose", 4, "m, m, cos, sin", 50.0, 0.05, (5.0, 5.0, 1.0, 1.0), most=(1e4, 1e4, 1.2, 1.2), noisy=True),
 )
 
 COMMAND = Command(

@@ -63,7 +63,7 @@ def drive(address: str, folder: Path, stream: str, out: Path) -> None:
     env.reset()
     while not ends.ENDING:
         before = env.rate.late
-        _, _, terminated, truncated, _ = env.step(rng.uniform(-0.3, 0.3, 2).astype(np.float32))
+        _, _, terminated, truncated, _ = env.step(np.array([rng.uniform(-0.3, 0.3), 0.5], np.float32))
         if terminated or truncated:
             env.reset()
         if env.rate.late > before:
