@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TASK ?= car-loop
 SEEDS ?= 0 1 2 3 4
 
-.PHONY: demo test test-slow bench accept lint clean
+.PHONY: demo test test-slow bench accept chaos fuzz link snapshots weights lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/tether demo car
@@ -22,6 +22,22 @@ bench: $(VENV)/bench
 
 accept: $(VENV)/demo
 	$(BIN)/python tests/accept.py --task $(TASK) --seeds $(SEEDS) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH))
+
+# What the link survives: N faults, N malformed messages; what it costs and how fast it comes back.
+chaos: $(VENV)/dev
+	$(BIN)/python -m tests.chaos.campaign --faults $(or $(N),500) $(if $(SEED),--seed $(SEED))
+
+fuzz: $(VENV)/dev
+	$(BIN)/python -m tests.chaos.fuzz --messages $(or $(N),1000000) $(if $(SEED),--seed $(SEED))
+
+link: $(VENV)/dev
+	$(BIN)/python -m tests.chaos.measure
+
+snapshots: $(VENV)/dev
+	$(BIN)/python -m tests.chaos.snapshots --kills 200 --mutations 1000
+
+weights: $(VENV)/dev
+	$(BIN)/python -m tests.chaos.weights --payloads 10000
 
 # The type checker cannot see through the installed mapping of folders; a tree of links can.
 lint: $(VENV)/dev

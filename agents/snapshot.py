@@ -26,7 +26,8 @@ COUNTERS = "counters.json"
 SUMS = "sha256.json"  # of the other files
 LATEST = "latest"
 _TEMPORARY = ".writing-"
-_DAMAGED = (OSError, AttributeError, LookupError, TypeError, ValueError)  # as files that are not ours make them
+# as files that are not ours make them
+_DAMAGED = (OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class SnapshotError(RuntimeError):
@@ -62,11 +63,13 @@ def save(
         temporary.mkdir()
         files = {f"{policy}.safetensors": pack_arrays(_flatten(state)) for policy, state in states.items()}
         files[COUNTERS] = json.dumps(counters, indent=1).encode()
-        files[SUMS] = json.dumps({file: _sum(payload) for file, payload in files.items()}, indent=1).encode()
+        files[SUMS] = _manifest({file: _sum(payload) for file, payload in files.items()})
         for file, payload in files.items():
             _write(temporary / file, payload)
         _read(temporary)  # what is on the disk, not what should be
+        _sync(temporary)
         path = temporary.rename(folder / name)
+        _sync(folder)  # before any other is removed
         _write(folder / f"{LATEST}.new", name.encode())
         os.replace(folder / f"{LATEST}.new", folder / LATEST)
         for old in _all(folder)[keep:]:
@@ -109,12 +112,19 @@ def _all(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Counters and packed states, all checked. Raises one of _DAMAGED."""
-    sums = json.loads((path / SUMS).read_bytes())
+    manifest = (path / SUMS).read_bytes()
+    sums = json.loads(manifest)
+    if manifest != _manifest(sums) or any(Path(file).name != file for file in sums):
+        raise ValueError(f"{SUMS} is not as it was written")
     payloads = {file: (path / file).read_bytes() for file in sums}
     for file, payload in payloads.items():
         if _sum(payload) != sums[file]:
             raise ValueError(f"{file} has another checksum")
     return json.loads(payloads.pop(COUNTERS)), payloads
+
+
+def _manifest(sums: dict[str, str]) -> bytes:
+    return json.dumps(sums, indent=1).encode()
 
 
 def _sum(payload: bytes) -> str:
@@ -157,3 +167,12 @@ def _write(path: Path, payload: bytes) -> None:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the names in a folder survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -23,10 +23,17 @@ class Channel:
     latency_s: float  # typical age of a fresh value when it is read
     scale: tuple[float, ...]  # one number a value, in the channel's unit
     observed: bool = True  # part of the policy's observation
+    most: tuple[float, ...] = ()  # largest magnitude the sensor can give; empty: not known
+    noisy: bool = False  # two measurements are never equal to the last bit
 
     def __post_init__(self) -> None:
-        if len(self.scale) != self.size:
-            raise ValueError(f"channel {self.name}: {self.size} values but {len(self.scale)} scales")
+        if len(self.scale) != self.size or len(self.most) not in (0, self.size):
+            raise ValueError(f"channel {self.name}: {self.size} values, not as many scales or largest ones")
+
+    @property
+    def range(self) -> np.ndarray:
+        """(size,) largest magnitude of a value that can be used: at least it is finite."""
+        return np.array(self.most or (np.finfo(np.float32).max,) * self.size)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,10 @@ class Command:
     high: tuple[float, ...]
     rate: tuple[float, ...]  # largest change per second
     safe: tuple[float, ...]  # what stops the robot
+    keeps: tuple[bool, ...] = ()  # what stays as it was while the gate holds the robot; empty: nothing
+    measured: tuple[str, ...] = ()  # channel whose first number measures each value ("": none); empty: none
+    reach: tuple[float, ...] = ()  # a command goes no further than this from what is measured; empty: any
+    tolerance: tuple[float, ...] = ()  # an actuator that follows is within this of its command; empty: any
 
     @property
     def size(self) -> int:

@@ -6,12 +6,17 @@ It has the car's channels and command, counts what is written to it, and can fai
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .base import DriverError, Reading
-from .car import CHANNELS, COMMAND
+from .car import CHANNELS as CAR_CHANNELS
+from .car import COMMAND
+
+CHANNELS = tuple(replace(channel, noisy=False) for channel in CAR_CHANNELS)
 
 
 class Fake:
@@ -20,8 +25,10 @@ class Fake:
     channels, command = CHANNELS, COMMAND
 
     def __init__(
-        self, start: tuple[float, float, float] = (0.0, 0.0, 0.0), fail_after: int | None = None, **ignored: Any
+        self, start: tuple[float, float, float] = (0.0, 0.0, 0.0), fail_after: int | None = None,
+        realtime: bool = False, **ignored: Any,
     ) -> None:
+        self._realtime = realtime
         self.written: list[np.ndarray] = []
         self.stops = 0
         self.fail_after = fail_after  # writes until the device fails
@@ -35,6 +42,8 @@ class Fake:
         return self._time
 
     def sleep(self, seconds: float) -> None:
+        if self._realtime:
+            time.sleep(seconds)
         x, y, heading = self._pose
         way, turn = seconds * self._command[0], seconds * self._turn()
         middle = heading + turn / 2

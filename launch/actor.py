@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +20,21 @@ import numpy as np
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
 from ..robot_env.record import Record, encode
+from ..robot_env.safety import CLAMPS
 from . import catalog
 from .evaluate import practise
-from .onboard import Policy
-from .transport import ActorLink
-from .wire import WireError
+from .flight import FlightRecorder
+from .kept import Kept
+from .onboard import BundleError, Policy
+from .spool import Spool, hours, left_behind
+from .transport import ActorLink, NoLearner
+from .wire import Params, WireError
 
+SPOOL = "~/.local/state/tether/spool"
 STATUS_EVERY_S = 0.5
 LEARNER_WAIT_S = 60.0  # a learner that is being started takes a while to answer
+ALONE_AFTER_S = 10.0  # the wait for it where there are weights to drive with
+PROBED = 16  # newest observations on which weights have to answer before they drive
 
 
 @contextmanager
@@ -53,35 +62,75 @@ class Leave(Exception):
     """Leaves a reset, or the wait for the first weights, when a stop was asked for; never an error."""
 
 
+Seen = tuple[tuple[np.ndarray, np.ndarray], ...]  # observations, and the action before each
+
+
+def probed(spec: dict[str, Any], params: Params, seen: Seen, current: Policy | None) -> tuple[Policy, float]:
+    """The policy, and by how much its actions on `seen` differ from the current one's (mean; NaN without one).
+
+    Raises WireError where it does not fit or gives an action that is none.
+    """
+    try:
+        policy = Policy(spec, params)
+    except BundleError as error:
+        raise WireError(str(error)) from None
+    seen = tuple(pair for pair in seen if np.isfinite(pair[0]).all())  # a broken sensor is not the weights' fault
+    seen = seen or ((np.zeros(policy.observation_size), np.zeros(policy.action_size)),)
+    rng = np.random.default_rng(0)
+    with np.errstate(all="ignore"):  # of what overflows only the outcome counts
+        means = np.array([policy.act(*pair) for pair in seen])
+        drawn = np.array([policy.act(*pair, rng) for pair in seen])
+        before = np.array([current.act(*pair) for pair in seen]) if current else np.full(means.shape, np.nan)
+    if means.shape != (len(seen), policy.action_size) or not (np.abs([means, drawn]) <= 1.0).all():
+        raise WireError(f"an action on {len(seen)} probes is not finite, or leaves [-1, 1]")
+    return policy, float(np.abs(means - before).mean())
+
+
 class Pilot:
     """What drives an actor's environment: random for the first steps, then the newest weights, until `stopped()`.
 
     Sends every record to the learner; with `lockstep` (the twin) waits after each until it may go on.
+    `orders` are the learner's; weights it sends are probed, and now and then put into `kept`, in the link's thread.
     """
 
     def __init__(
         self, env: RobotEnv | GymEnv, link: ActorLink, stopped: Callable[[], str],
-        policy: dict[str, Any], random_steps: int, seed: int, lockstep: bool,
+        orders: dict[str, Any], seed: int, lockstep: bool, kept: Kept | None = None,
     ) -> None:
         self._env, self._link, self._stopped, self._lockstep = env, link, stopped, lockstep
-        self._spec, self._random_steps = policy, random_steps
+        self._orders, self._spec, self._kept = orders, orders["policy"], kept
+        self._random_steps = int(orders["random_steps"])
         self._rng = np.random.default_rng(seed)
         self._policy: Policy | None = None
+        self._seen: Seen = ()
+        self._change = np.nan  # of the actions by the newest weights
+        link.prepare = self.prepare
         self.steps = 0
         self._reported = 0, time.monotonic()  # steps and time at the last report
         env.on_record.append(self._send)
+
+    def prepare(self, version: int, params: Params) -> Policy:
+        """The policy of weights that came; raises WireError to refuse them."""
+        policy, self._change = probed(self._spec, params, self._seen, self._policy)
+        if self._kept is not None:
+            self._kept.save(self._orders, version, params)
+        return policy
+
+    def swap(self, version: int, policy: Policy) -> None:
+        """Drive with these from the next step on."""
+        self._env.version, self._policy = version, policy
 
     def refresh(self, timeout: float = 0.0) -> bool:
         """Swap in the newest weights, between steps; False while there are none yet."""
         newest = self._link.weights(timeout)
         if newest is not None:
-            self._env.version, params = newest
-            self._policy = Policy(self._spec, params)
+            self.swap(*newest)
         return self._policy is not None
 
     def wish(self, obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
         """(a,) action with exploration; None to end. At random: uniform in what the action-rate limit leaves."""
         self.refresh()
+        self._seen = (*self._seen[1 - PROBED :], (obs, prev_action))  # as a whole: another thread reads it
         if self._stopped():
             return None
         if self._policy is not None and self.steps >= self._random_steps:
@@ -94,10 +143,20 @@ class Pilot:
         self._link.send(record.seq, encode(record))
         self.steps += record.action is not None
         self._report()
+        if record.action is None and self._link.full:
+            self._pause()
         while self._lockstep and not self._link.wait_run_until(self.steps + 1, timeout=0.5) and not self._stopped():
             pass
         if record.source == "reset" and self._stopped():
             raise Leave
+
+    def _pause(self) -> None:
+        """Stand still until the spool has room again: records are never dropped."""
+        if isinstance(self._env, RobotEnv):
+            self._env.robot.stop()
+        print("actor: paused, the spool is full or cannot be written", file=sys.stderr)
+        while self._link.full and not self._stopped():
+            time.sleep(0.2)
 
     def _report(self) -> None:
         """Tell the learner, now and then, how the loop does."""
@@ -105,26 +164,59 @@ class Pilot:
         if now - then < STATUS_EVERY_S:
             return
         self._reported = self.steps, now
-        stats = {"rate/hz": (self.steps - steps) / (now - then)}
+        stats = {"rate/hz": (self.steps - steps) / (now - then), "link/weights_change": self._change}
         if isinstance(self._env, RobotEnv):
             late = self._env.rate.lateness_ms()
             stats |= {"rate/late": self._env.rate.late} | {f"rate/late_{k}_ms": v for k, v in late.items()}
             for fault, count in self._env.gate.counts.items():
-                key = "gate/clamped" if fault in ("limit", "rate") else f"gate/veto_{fault}"
-                stats[key] = stats.get(key, 0) + count
+                stats[f"gate/clamped_{fault}" if fault in CLAMPS else f"gate/veto_{fault}"] = count
+            stats["gate/clamped"] = sum(self._env.gate.counts.get(clamp, 0) for clamp in CLAMPS)
         self._link.report(stats)
+
+
+def deliver(address: str, folder: Path) -> None:
+    """Bring the learner what actors that are gone left in the spool. What it does not take stays there."""
+    with left_behind(folder) as found:
+        for where, meta, spool in found:
+            link = ActorLink(address)
+            try:
+                link.begin(meta, spool=spool)
+            except WireError as error:
+                print(f"warning: {where} stays where it is: {error}", file=sys.stderr)
+            link.close(LEARNER_WAIT_S)
+        for where in {where for where, _, _ in found} - {where for where, _, spool in found if len(spool)}:
+            shutil.rmtree(where)
+
+
+def _orders(link: ActorLink, task: str | None, folder: Path) -> tuple[dict[str, Any], tuple[int, Params] | None]:
+    """What the learner says there is to do. Where none answers, what it said last of this task, and its weights."""
+    found = None if task is None else Kept(folder, catalog.load_spec(task).text).load()
+    if found is None:
+        return link.start(LEARNER_WAIT_S), None
+    try:
+        return link.start(ALONE_AFTER_S), None
+    except NoLearner as error:
+        orders, version, params = found
+        told = f"until then the actor drives with weights {version}, its last here, and records wait in {folder}"
+        print(f"{error}; {told}", file=sys.stderr, flush=True)
+        return orders | {"random_steps": 0}, (version, params)
 
 
 def serve(
     address: str, task: str | None = None, real: bool = False, seed: int | None = None,
-    realtime: bool = False, view: bool = False, parent: int | None = None,
+    realtime: bool = False, view: bool = False, parent: int | None = None, spool: str | None = None,
+    fail: Sequence[str] = (),
 ) -> str:
     """One actor: ask the learner what there is to do, drive until told to stop. Returns what to say of it.
 
-    `parent`: process id of the `tether run` that it must not outlive. Raises WireError, DriverError or TaskError
-    with one line when it cannot begin.
+    Records wait in the folder `spool` (default: SPOOL) until the learner has them; what earlier actors left there
+    is delivered first. Where no learner answers and there are weights from an earlier life for `task`, it drives
+    with those, in real time, until one does.
+
+    `fail`: what breaks in the twin, and when. `parent`: process id of the `tether run` that it must not outlive.
+    Raises WireError, DriverError or TaskError with one line when it cannot begin.
     """
-    link = ActorLink(address)
+    link, parent_folder = ActorLink(address), Path(spool or SPOOL).expanduser()
 
     def cause() -> str:
         if parent is not None and os.getppid() != parent:
@@ -132,24 +224,40 @@ def serve(
         return f"the learner said stop: {link.stopped}" if link.stopped else ""
 
     try:
-        orders = link.start(LEARNER_WAIT_S)
+        orders, alone = _orders(link, task, parent_folder)
         with stoppable(cause) as stopped:
             spec = catalog.spec_of(str(orders["task"]), str(orders["name"]))
             if task is not None and catalog.load_spec(task).text != spec.text:
                 raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
             seed = int(orders["seed"]) if seed is None else seed
-            env = catalog.make_env(catalog.make_task(spec), real, seed, realtime, view)
+            realtime |= alone is not None  # there is nobody to give run_until
+            env = catalog.make_env(catalog.make_task(spec), real, seed, realtime, view, fail)
+            if fail:
+                print(f"actor: in the twin fails {' '.join(fail)}", file=sys.stderr)
             if isinstance(env, RobotEnv):
                 env.auto_reset = bool(orders["auto_reset"])
-            link.begin(catalog.stream_meta(spec))
-            print(f"actor: drives {spec.name} for the learner at {address}", file=sys.stderr)
+            meta = catalog.stream_meta(spec)
+            flight = FlightRecorder(meta)
+            env.on_record.append(flight)  # first, so that it has the record at which another one failed
             lockstep = not (real or realtime)
-            pilot = Pilot(env, link, stopped, orders["policy"], int(orders["random_steps"]), seed, lockstep)
-            with suppress(Leave):
+            pilot = Pilot(env, link, stopped, orders, seed, lockstep, Kept(parent_folder, spec.text))
+            if alone is None:
+                deliver(address, parent_folder)
+            else:
+                pilot.swap(alone[0], pilot.prepare(*alone))
+            link.begin(meta, 10.0 if alone is None else 0.0, Spool(parent_folder / meta.stream, meta))
+            room = f"{parent_folder} has room for {hours(meta, parent_folder):.1f} h of records"
+            print(f"actor: drives {spec.name} for the learner at {address}; {room}", file=sys.stderr)
+            try:
                 while not pilot.refresh(0.5):  # nothing moves before the first weights
                     if stopped():
                         raise Leave
                 practise(env, pilot.wish, seed)
+            except Leave:
+                pass
+            except Exception as error:  # the motors have stopped
+                print(f"actor: stopped; {flight.save(parent_folder.parent / 'failures', error)}", file=sys.stderr)
+                raise
             return f"actor: {pilot.steps:,} steps, stopped: {stopped()}"
     finally:
         left = link.close()

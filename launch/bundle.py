@@ -105,11 +105,13 @@ def _declared(task: TaskSpec) -> dict[str, Any]:
 
 def _fields(source: Channel | Command | Limits) -> dict[str, Any]:
     """As JSON takes it, which has no infinity: None is "no limit"."""
-    plain: dict[str, Any] = {}
-    for name, value in vars(source).items():
-        rows = isinstance(value, (tuple, np.ndarray))
-        plain[name] = [None if v in (math.inf, -math.inf) else v for v in value] if rows else value
-    return plain
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (tuple, np.ndarray)):
+            return [plain(v) for v in np.asarray(value).tolist()]
+        return None if value in (math.inf, -math.inf) else value
+
+    return {name: plain(value) for name, value in vars(source).items()}
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -25,7 +27,7 @@ class RobotRow:
     """A robot: where its declaration, its twin and its driver are ("package.module:name")."""
 
     declaration: str  # module with CHANNELS and COMMAND
-    twin: str  # (walls, start, seed, realtime) -> Twin
+    twin: str  # (walls, start, seed, realtime) -> Twin; one that can fail on purpose has `failures` and `fail`
     driver: str | None  # () -> Robot; None: no driver yet
     about: str
 
@@ -36,6 +38,7 @@ ROBOTS = {
 }
 KINDS = {"course": "tether.robot_env.course:Course", "gym": "tether.robot_env.gym_env:GymTask"}
 ALGORITHMS = {"rlpd": "tether.agents.rlpd"}
+FAILURE = re.compile(r"(\w+):(\w+)@(\d+(?:\.\d+)?)s?(?:\+(\d+(?:\.\d+)?)s?)?")
 
 
 class CatalogError(ValueError):
@@ -112,15 +115,40 @@ def make_task(spec: TaskSpec) -> Task:
     return resolve_name(KINDS[spec.kind])(spec, channels, command)
 
 
+def failures(spec: TaskSpec, wanted: Sequence[str]) -> list[tuple[str, str, float, float]]:
+    """The failures PART:KIND@TIME[+DURATION] of the task's twin: (part, kind, start s, duration s).
+
+    Raises DriverError naming what can fail, and how.
+    """
+    found = []
+    for text in wanted:
+        can = {} if spec.kind == "gym" else getattr(resolve_name(row(spec.robot).twin), "failures", {})
+        if not can:
+            raise DriverError(f"--fail {text}: {spec.robot} has no twin that can fail; leave out --fail")
+        match = FAILURE.fullmatch(text)
+        if match is None:
+            raise DriverError(f"--fail {text}: write PART:KIND@TIME, as in {next(iter(can))}:off@12s, or TIME+DURATION")
+        part, kind, start, lasts = match.groups()
+        if part not in can:
+            raise DriverError(f"--fail {text}: {spec.robot} has no {part!r}; what can fail is {', '.join(can)}")
+        if kind not in can[part]:
+            raise DriverError(f"--fail {text}: {part} cannot be {kind!r}, only {', '.join(can[part])}")
+        found.append((part, kind, float(start), float(lasts or math.inf)))
+    return found
+
+
 def make_env(
-    task: Task, real: bool = False, seed: int = 0, realtime: bool = False, view: bool = False
+    task: Task, real: bool = False, seed: int = 0, realtime: bool = False, view: bool = False, fail: Sequence[str] = ()
 ) -> RobotEnv | gym_env.GymEnv:
     """The environment an actor drives: a robot (the twin, or with `real` the hardware) behind its gate, or a
-    Gymnasium environment. `view` opens MuJoCo's viewer on a twin.
+    Gymnasium environment. `view` opens MuJoCo's viewer on a twin; `fail` is what breaks in it, and when.
 
-    Raises DriverError where there is no driver, no twin to view or no display.
+    Raises DriverError where there is no driver, no twin to view or to fail, or no display.
     """
     spec = task.spec
+    broken = failures(spec, fail)
+    if broken and real:
+        raise DriverError("--fail breaks twins; leave it out with --real")
     if spec.kind == "gym":
         if real or view:
             raise DriverError(f"{spec.name} is not a robot; leave out --real and --view")
@@ -132,6 +160,8 @@ def make_env(
         raise DriverError(f"robot {spec.robot} has no hardware driver yet; leave out --real to use its twin")
     make = resolve_name(where)
     robot = make() if real else make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime)
+    for failure in broken:
+        robot.fail(*failure)
     env = RobotEnv(robot, task, Gate(robot.command, limits(spec)), Rate(spec.hz, robot.now, robot.sleep))
     if view:
         if not isinstance(robot, Twin):

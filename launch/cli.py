@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, "json", False):
             print(json.dumps(result))
         sys.stdout.flush()  # here, where a reader that went away is no error
-        return 0
+        return 0 if result.get("ready", True) else 1  # what `tether doctor` found
     except KeyboardInterrupt:
         print("tether: stopped", file=sys.stderr)
         return 130
@@ -80,19 +80,14 @@ def build() -> argparse.ArgumentParser:
     run = command("run", "run", "learner and actor on this machine, two processes")
     _training(run)
     _driving(run)
+    _failing(run)
     run.set_defaults(bind=None)
 
     learner = command("learner", "run", "the learner alone; actors connect to it")
     _training(learner)
     learner.add_argument("--bind", default="tcp://127.0.0.1:5555", help="address to listen on (default: %(default)s)")
 
-    actor = command("actor", "actor", "the actor alone: the twin, or with --real the hardware")
-    actor.add_argument("task", nargs="?", help="refuse a learner of another task (default: the learner says)")
-    actor.add_argument("--learner", default="tcp://127.0.0.1:5555", help="the learner's address (default: %(default)s)")
-    actor.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end with this process
-    actor.add_argument("--seed", type=_from(0), help="of exploration and the twin (default: the learner's)")
-    _real(actor)
-    _driving(actor)
+    _acting(command("actor", "actor", "the actor alone: the twin, or with --real the hardware"))
 
     _recording(command("record", "record", "drive, and keep what was driven"))
 
@@ -125,6 +120,15 @@ def build() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the HTML file (default: RUN/report.html)")
 
+    doctor = command("doctor", "doctor", "measure the rig, read-only: exit status 0 when it is ready, 1 when not")
+    doctor.add_argument("task", nargs="?", default="car-loop", help=f"{TASK_HELP} (default: car-loop)")
+    doctor.add_argument("--learner", help="address of the learner (default: the link to one that is started here)")
+    _real(doctor, "read the hardware; without it, the twin")
+    _json(doctor)
+
+    keys = command("keys", "keys", "make and show the keys of the link, which it needs beyond this machine")
+    keys.add_argument("names", nargs="*", metavar="NAME", help="make the keys of an actor of this name")
+
     command("list", "catalog_list", "robots, tasks, algorithms, presets")
     return parser
 
@@ -140,6 +144,18 @@ def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out (default: runs/latest)")
     sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
     _seeded(sub, "of everything")
+
+
+def _acting(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("task", nargs="?", help="refuse a learner of another task (default: the learner says)")
+    sub.add_argument("--learner", default="tcp://127.0.0.1:5555", help="the learner's address (default: %(default)s)")
+    sub.add_argument("--spool", help="where records wait for the learner (default: ~/.local/state/tether/spool)")
+    sub.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end with this process
+    sub.add_argument("--seed", type=_from(0), help="of exploration and the twin (default: the learner's)")
+    hardware_or_failures = sub.add_mutually_exclusive_group()  # hardware fails without being asked
+    _real(hardware_or_failures)
+    _failing(hardware_or_failures)
+    _driving(sub)
 
 
 def _recording(sub: argparse.ArgumentParser) -> None:
@@ -170,8 +186,13 @@ def _driving(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
 
 
-def _real(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--real", action="store_true", help="drive the hardware; without it, the twin")
+def _failing(sub: argparse._ActionsContainer) -> None:
+    about = "break this in the twin at that time of its clock, e.g. pose:stuck@12s or motor:off@5s+2s; more than once"
+    sub.add_argument("--fail", action="append", default=[], metavar="PART:KIND@TIME[+FOR]", help=about)
+
+
+def _real(sub: argparse._ActionsContainer, about: str = "drive the hardware; without it, the twin") -> None:
+    sub.add_argument("--real", action="store_true", help=about)
 
 
 def _seeded(sub: argparse.ArgumentParser, what: str) -> None:

@@ -27,7 +27,9 @@ def run(options: Namespace) -> Said:
     job = job_of(options)
     actor = None
     if options.bind is None:
+        catalog.failures(job.spec, options.fail)  # the actor would refuse them when the run has begun
         actor = [flag for flag in ("--realtime", "--view") if getattr(options, flag[2:])]
+        actor += [part for failure in options.fail for part in ("--fail", failure)]
     result = train(job, actor)
     text = f"{result['steps']:,} steps in {result['train_s']} s; the run is in {job.folder}\n"
     return text + f"next: tether eval {job.folder}   tether report {job.folder}   tether export {job.folder}", result
@@ -38,7 +40,7 @@ def actor(options: Namespace) -> Said:
     from .actor import serve
 
     chosen = options.learner, options.task, options.real, options.seed, options.realtime, options.view
-    return serve(*chosen, parent=options.parent), {}
+    return serve(*chosen, parent=options.parent, spool=options.spool, fail=options.fail), {}
 
 
 def record(options: Namespace) -> Said:
@@ -129,6 +131,21 @@ def demo(options: Namespace) -> Said:
         f"{result['demo_lap_s']} s), {result['clean_laps']} clean laps in a row; bundle {result['bundle']}"
     )
     return text, result
+
+
+def doctor(options: Namespace) -> Said:
+    """Whether the rig is ready."""
+    from .doctor import examine, report
+
+    spec = catalog.load_spec(options.task)
+    return report(spec, examine(spec, options.learner, options.real))
+
+
+def keys(options: Namespace) -> Said:
+    """The learner's keys and those of its actors."""
+    from .keys import make
+
+    return "\n".join(make(options.names)), {}
 
 
 def catalog_list(options: Namespace) -> Said:

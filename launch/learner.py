@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..robot_env.record import Meta, SegmentWriter, read_recording, read_streams
+from ..agents.snapshot import SnapshotError
+from ..robot_env.record import Meta, RecordError, SegmentWriter, read_recording, read_streams
 from ..robot_env.task import TaskSpec
 from . import catalog, config
 from .log import Log
@@ -39,15 +41,28 @@ class Journal:
     """The run's steps/: one folder a stream, written before anything is acknowledged."""
 
     def __init__(self, folder: Path) -> None:
+        self.trouble = ""  # why the last records are not on the disk
         self._folder = folder
         self._writers: dict[str, SegmentWriter] = {}
 
-    def __call__(self, meta: Meta, first_seq: int, payloads: list[bytes]) -> None:
-        """Append records of one stream; runs in the link's thread."""
-        if meta.stream not in self._writers:
-            self._writers[meta.stream] = SegmentWriter(self._folder / meta.stream, meta)
-        for i, payload in enumerate(payloads):
-            self._writers[meta.stream].append(first_seq + i, payload)
+    def __call__(self, meta: Meta, first_seq: int, payloads: list[bytes]) -> int:
+        """Put records of one stream on the disk, as many as fit, and return how many; in the link's thread."""
+        stored = 0
+        files: set[Path] = set()
+        try:
+            if meta.stream not in self._writers:
+                self._writers[meta.stream] = SegmentWriter(self._folder / meta.stream, meta)
+            for payload in payloads:
+                self._writers[meta.stream].append(first_seq + stored, payload)
+                files.add(self._writers[meta.stream].path)
+                stored += 1
+            self.trouble = ""
+        except RecordError as error:
+            self.trouble = str(error)
+        for path in files:  # the batch may have begun in the segment before
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # survives a loss of power
+        return stored
 
     def close(self) -> None:
         """Let go of the files."""
@@ -67,13 +82,16 @@ class Learner:
         task, experience = catalog.make_task(job.spec), [records for _, records in prior]
         self.trainer = Trainer(task, job.config, job.seed, experience)
         self._first_lap, self._actors = False, 0
+        self._trouble = ""  # as last told
+        self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
         self._saved = time.monotonic()
         self._version = 0
         expected = self._begin()
         self.journal = Journal(job.folder / "steps")
+        random_steps = job.config.actor.random_steps  # of which a resumed run has made its share
         welcome = {
             "task": job.spec.text, "name": job.spec.name, "seed": job.seed, "policy": self.trainer.policy_spec(),
-            "random_steps": 0 if len(self.trainer.prior) else job.config.actor.random_steps,
+            "random_steps": 0 if len(self.trainer.prior) else max(0, random_steps - self.trainer.steps),
             "auto_reset": job.config.actor.auto_reset,
         }  # fmt: skip
         self.link = LearnerLink(job.bind, catalog.stream_meta(job.spec), welcome, self.journal, expected)
@@ -114,16 +132,26 @@ class Learner:
                 self._publish()
             if self.trainer.steps % settings.log_every == 0:
                 self._measure()
-        for stream in self.link.status():
+        for stream, actor in self.link.status().items():
             self.link.set_run_until(stream, self.trainer.stream_steps(stream) + settings.max_lead)
+            refused = actor.report.get("refused", "")
+            if refused not in ("", self._refused.get(stream)):
+                self._refused[stream] = refused
+                self._warn(f"the actor of stream {stream} keeps its weights and refuses newer ones: {refused!r}")
         actors = sum(actor.connected for actor in self.link.status().values())
         if actors != self._actors:
             self._actors = actors
             self.log.note(f"actors connected: {actors}")
         self.log.show(self.trainer.steps, {"learn/updates": self.trainer.updates})
+        if self.journal.trouble != self._trouble:
+            self._trouble = self.journal.trouble
+            self._warn(f"{self._trouble}, until then nothing is acknowledged" if self._trouble else "stored again")
         if time.monotonic() - self._saved > settings.snapshot_every_s:
             self._saved = time.monotonic()
-            self.trainer.save(self.job.folder / "snapshots")
+            try:
+                self.trainer.save(self.job.folder / "snapshots")
+            except SnapshotError as error:  # a full disk; the records wait, too
+                self._warn(str(error))
 
     def _measure(self) -> None:
         values = self.trainer.metrics()
@@ -140,6 +168,9 @@ class Learner:
         self._version = max(self._version + 1, self.trainer.steps)
         self.link.publish(self._version, self.trainer.policy())
 
+    def _warn(self, text: str) -> None:
+        self.log.note(f"warning: {text}")
+
     def _begin(self) -> dict[str, int]:
         """Take the weights to begin with, and of a resumed run its snapshot and steps/. Returns the next
         sequence number of every stream."""
@@ -147,12 +178,13 @@ class Learner:
         if self.job.start and not cursor:
             warning = self.trainer.start_from(Path(self.job.start) / "snapshots")
         if warning:
-            self.log.note(f"warning: {warning}")
+            self._warn(warning)
         expected = {}
         for meta, records in read_streams(self.job.folder / "steps") if self.job.resume else ():
             for record in records:
                 self.trainer.push(meta.stream, record, train=record.seq > cursor.get(meta.stream, 0))
             expected[meta.stream] = records[-1].seq + 1 if records else 1
+        self.trainer.policy()  # can be sent, or it ends here
         if self.job.resume:
             self.log.note(f"resumed at step {self.trainer.steps:,}")
         return expected

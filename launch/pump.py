@@ -14,6 +14,7 @@ from typing import Any
 import zmq
 
 from ..robot_env.record import RecordError
+from . import keys
 from .wire import Malformed, WireError
 
 LINGER_MS = 300  # for the last messages at close
@@ -22,7 +23,7 @@ TICK_MS = 50  # at most between two turns
 # (zeromq/libzmq#4364). The kernel notices a dead peer, and the actor a silent one.
 OPTIONS = {
     zmq.MAXMSGSIZE: 1 << 20, zmq.SNDHWM: 64, zmq.RCVHWM: 64, zmq.LINGER: 0, zmq.HANDSHAKE_IVL: 3000,
-    zmq.CONNECT_TIMEOUT: 2000, zmq.RECONNECT_IVL: 100, zmq.RECONNECT_IVL_MAX: 2000, zmq.TCP_MAXRT: 2000,
+    zmq.CONNECT_TIMEOUT: 2000, zmq.RECONNECT_IVL: 100, zmq.RECONNECT_IVL_MAX: 500, zmq.TCP_MAXRT: 2000,
     zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 2, zmq.TCP_KEEPALIVE_INTVL: 1, zmq.TCP_KEEPALIVE_CNT: 3,
 }
 
@@ -32,17 +33,18 @@ class Pump:
 
     The thread calls `take(frames)` for each message that came, which raises Malformed or RecordError for one to
     drop, and then `turn()`, at least every TICK_MS; it returns True to be called again at once, None to end. Any
-    other error of the thread ends it, and is kept for whoever calls next. Until there are keys, raises WireError
-    for an address off loopback.
+    other error of the thread ends it, and is kept for whoever calls next. Off loopback both ends have keys, or
+    KeysError is raised.
     """
 
     def __init__(self, kind: int, address: str) -> None:
-        match = re.fullmatch(r"tcp://(?:localhost|127(?:\.\d{1,3}){3}):(?:\*|(\d{1,5}))", address)
+        match = re.fullmatch(r"tcp://[\w.*-]+:(?:\*|(\d{1,5}))", address)
         if match is None or int(match[1] or 0) > 65535:
-            raise WireError(
-                f"{address!r}: the link has no keys yet, so it works on this machine only, as "
-                "tcp://127.0.0.1:5555; elsewhere use a tunnel: `ssh -L 5555:127.0.0.1:5555 WORKSTATION`"
-            )
+            raise WireError(f"{address!r} is no address; write one as tcp://127.0.0.1:5555 or tcp://workstation:5555")
+        mine = keys.needed(address, "learner.key" if kind == zmq.ROUTER else "actor.key")
+        self.locked, self._keys = mine is not None, keys.folder()
+        self._guarded = self.locked and kind == zmq.ROUTER
+        self.peer = ""  # name of the actor whose message is being taken; without keys nobody knows
         self._changed = threading.Condition()
         self.error: BaseException | None = None  # ended the thread
         self.malformed = 0  # messages dropped
@@ -50,9 +52,13 @@ class Pump:
         self._context = zmq.Context()
         self._socket = self._context.socket(kind)
         must = zmq.ROUTER_MANDATORY if kind == zmq.ROUTER else zmq.IMMEDIATE
-        for option, value in (OPTIONS | {must: 1}).items():  # keys belong here
+        for option, value in (OPTIONS | {must: 1}).items():
             self._socket.setsockopt(option, value)
+        self._door = self._context.socket(zmq.REP)  # where ZeroMQ asks who may come in
+        self._door.bind("inproc://zeromq.zap.01")
         try:
+            if mine is not None:
+                mine.lock(self._socket)
             reach = self._socket.bind if kind == zmq.ROUTER else self._socket.connect
             reach(address.replace("localhost", "127.0.0.1"))
         except zmq.ZMQError as error:
@@ -116,16 +122,21 @@ class Pump:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._ear, zmq.POLLIN)
+        poller.register(self._door, zmq.POLLIN)
         again: bool | None = True
         try:
             while again is not None:
-                if self._ear.fileno() in dict(poller.poll(0 if again else TICK_MS)):
+                awake = dict(poller.poll(0 if again else TICK_MS))
+                if self._ear.fileno() in awake:
                     self._ear.recv(4096)
+                if self._door in awake:
+                    self._door.send_multipart(keys.admit(self._door.recv_multipart(), self._keys))
                 with suppress(zmq.Again):
                     for _ in range(64):
-                        frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                        frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                        self.peer = str(frames[0].get("User-Id")) if self._guarded else ""
                         try:
-                            take(frames)
+                            take([frame.bytes for frame in frames])
                         except (Malformed, RecordError):
                             self.malformed += 1
                 again = turn()
@@ -134,5 +145,6 @@ class Pump:
         except BaseException as error:  # noqa: BLE001 - comes back from the next call
             self.error = error
         self._socket.close(LINGER_MS)
+        self._door.close(0)
         with self._changed:
             self._changed.notify_all()

@@ -76,7 +76,7 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
             if learner.trainer.steps >= job.config.learner.steps:
                 log.note(f"it has its {learner.trainer.steps:,} steps already; for more give --steps")
             elif actor is not None:
-                child = _spawn_actor(learner.link.address, actor, cores)
+                child = _spawn_actor(learner.link.address, [*actor, "--spool", str(job.folder / "spool")], cores)
             result = learner.run(stopped)
             if child and child.wait(ACTOR_GRACE_S) and stopped() == ACTOR_ENDED:
                 kept = f"what it had sent is kept in {job.folder}, go on with --resume"

@@ -95,7 +95,11 @@ def record_laps(
 
         env.on_record.append(keep)
         env.source = "teacher"
-        practise(env, lambda obs, before: driver(obs, before) if overlap < OVERLAP_M else None, seed)
+        try:
+            practise(env, lambda obs, before: driver(obs, before) if overlap < OVERLAP_M else None, seed)
+        except (KeyboardInterrupt, SystemExit):
+            say(f"stopped; what was driven is kept in {out}")
+            raise
     return {
         "file": str(out), "steps": tally.episodes.steps, "laps": len(tally.laps), "lap_time_s": tally.median_s,
         "contacts": tally.contacts,

@@ -20,6 +20,10 @@ from .config import Config
 from .evaluate import Episodes
 
 
+class Diverged(RuntimeError):
+    """The training made a number that is not finite: which one, and what to do."""
+
+
 class Trainer:
     """The learner's state and what moves it.
 
@@ -90,8 +94,8 @@ class Trainer:
         }
 
     def policy(self) -> dict[str, np.ndarray]:
-        """The actor's weights, by name."""
-        return self._algorithm.policy_params(self.agent, self.state)
+        """The actor's weights, by name. Raises Diverged."""
+        return self._finite(self._algorithm.policy_params(self.agent, self.state))
 
     def policy_spec(self) -> dict[str, Any]:
         """The actor's layers, as the NumPy runtime takes them."""
@@ -102,7 +106,8 @@ class Trainer:
         return np.asarray(self._algorithm.act(self.agent, self.state.actor, observations, prev_actions))
 
     def save(self, folder: Path) -> Path:
-        """Write a snapshot into a run's snapshots/."""
+        """Write a snapshot into a run's snapshots/. Raises SnapshotError, or Diverged."""
+        self._finite(self.state)
         counters = {"steps": self.steps, "updates": self.updates, "cursor": self.cursor}
         return snapshot.save(folder, {"task": self.state}, counters | {"replay_rng": self._rng.bit_generator.state})
 
@@ -130,6 +135,18 @@ class Trainer:
             raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
         self.state = found.states["task"]
         return found.warning
+
+    def _finite(self, tree: Any) -> Any:
+        """The same, where all its numbers are finite."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if jax.dtypes.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise Diverged(
+                    f"step {self.steps:,}: the training diverged, {name} is not finite. No such weights were sent or "
+                    "saved, and all records are kept: go on with --resume; if that ends here again, begin another "
+                    "run with --from and --prior this one, and a smaller agent.critic_lr"
+                )
+        return tree
 
     def _update(self) -> None:
         start = time.perf_counter()

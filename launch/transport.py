@@ -24,6 +24,7 @@ import zmq
 from ..robot_env.record import Meta, Record, decode
 from . import wire
 from .pump import Pump
+from .spool import Spool
 from .wire import Malformed, Message, Params, VersionError, WireError
 
 WINDOW = 256  # records sent and not acknowledged
@@ -32,7 +33,6 @@ BEAT_S = 0.5  # between two STATUS, or two HELLO
 SILENT_S = 2.0  # without an answer until an actor tries another connection
 GONE_S = 5.0  # an actor silent for so long does not count as connected
 MAX_STREAMS = 1024  # in a learner's life
-MAX_SPOOL = 200_000  # records an actor keeps while the learner is away
 MAX_QUEUED = 8192  # records the learner's main thread may lag behind
 NOBODY = "0" * 16  # stands in for the stream of an actor that asks what there is to do
 
@@ -43,6 +43,7 @@ class Stream:
 
     expected: int  # next sequence number
     meta: Meta | None = None
+    owner: str = ""  # the actor whose key it came with
     route: bytes = b""  # ROUTER identity of the actor's connection; empty: none
     run_until: int = 0
     told: dict[str, Any] | None = None  # what the last ACK said; None: one is due
@@ -61,15 +62,15 @@ class Stream:
 class LearnerLink:
     """The learner's end. Actors come and go; each stream's records are given out in order, each once.
 
-    `journal(meta, first_seq, payloads)` stores records before they are acknowledged; it runs in the network
-    thread. `expected` maps stream -> next sequence number, to go on with streams of an earlier life.
-    `spec` is the description actors must agree with, `welcome` what they are told when they ask.
+    `journal(meta, first_seq, payloads)` stores records before they are acknowledged and returns how many it
+    could; it runs in the network thread. `expected` maps stream -> next sequence number, to go on with streams of
+    an earlier life. `spec` is the description actors must agree with, `welcome` what they are told when they ask.
     Every call raises WireError, also for an error of the thread.
     """
 
     def __init__(
         self, bind: str, spec: Meta, welcome: Mapping[str, Any],
-        journal: Callable[[Meta, int, list[bytes]], None], expected: Mapping[str, int],
+        journal: Callable[[Meta, int, list[bytes]], int], expected: Mapping[str, int],
     ) -> None:
         self._spec, self._welcome, self._journal = spec, msgpack.packb(welcome), journal
         self._streams = {name: Stream(seq) for name, seq in expected.items()}
@@ -161,12 +162,14 @@ class LearnerLink:
             stream = self._streams.get(name) or Stream(first)
             lines = self._spec.differences(meta)  # here: the learner
             possible = meta.stream == name and 1 <= first <= after >= stream.expected
+            possible = possible and stream.owner in ("", self._pump.peer)
             if not possible or len(self._streams) > MAX_STREAMS:
                 lines.append("this stream cannot go on here: start the actor again")
             if lines:
                 self._send(route, "REFUSE", "; ".join(lines).encode())
                 return
             stream.expected = max(stream.expected, first)  # what is lost is no reason to wait
+            stream.owner = self._pump.peer
             stream.meta, stream.route, stream.want, stream.told = meta, route, None, None
             stream.seen, stream.report = time.monotonic(), stream.report | {"state": "run"}
             self._streams[name] = stream
@@ -191,54 +194,22 @@ class LearnerLink:
         records = [decode(payload) for payload in new]
         if any(record.seq != seq for seq, record in enumerate(records, due)):
             raise Malformed("a record under another number")
-        try:
-            self._journal(meta, due, new)
-        except Exception as error:  # comes back from the next call; nothing is acknowledged
-            raise WireError(str(error)) from error
-        stream.expected += len(new)
-        stream.received += len(new)
-        self._queue.extend((meta.stream, record) for record in records)
+        stored = self._journal(meta, due, new) if new else 0  # they may all be here
+        stream.expected += stored
+        stream.received += stored
+        self._queue.extend((meta.stream, record) for record in records[:stored])
 
 
-class Spool:
-    """The records of an actor that are not acknowledged, in memory. One thread appends, one sends and forgets."""
-
-    def __init__(self) -> None:
-        self.first = 1  # sequence number of the oldest record kept
-        self.next_seq = 1  # of the next one
-        self._payloads: dict[int, bytes] = {}
-
-    def __len__(self) -> int:
-        return self.next_seq - self.first
-
-    def append(self, seq: int, payload: bytes) -> None:
-        """Keep a record. Raises WireError when it is out of order or one too many."""
-        if seq != self.next_seq or len(self) >= MAX_SPOOL:
-            raise WireError(f"record {seq} came where {self.next_seq} was due, or more than {MAX_SPOOL} wait")
-        self._payloads[seq] = payload
-        self.next_seq += 1  # last: from here on it is there for the other thread
-
-    def ack(self, seq: int) -> None:
-        """Forget the records up to `seq`."""
-        while self.first <= min(seq, self.next_seq - 1):
-            del self._payloads[self.first]
-            self.first += 1
-
-    def batch(self, seq: int) -> list[bytes]:
-        """The records from `seq` on that fit one message."""
-        found: list[bytes] = []
-        room = wire.CHUNK
-        for number in range(seq, min(seq + wire.MAX_BATCH, self.next_seq)):
-            room -= len(self._payloads[number]) + 8  # as msgpack frames it
-            if room < 0 and found:
-                break
-            found.append(self._payloads[number])
-        return found
+class NoLearner(WireError):
+    """Nobody answers at the learner's address."""
 
 
 class ActorLink:
     """The actor's end. `start` asks the learner what there is to do, `begin` opens the stream; from then
     on only the calls with a timeout wait. Every call raises WireError, also for an error of the thread.
+
+    `prepare(version, params)`, in the network thread, makes of weights what `weights` gives out, or raises
+    WireError with the reason to refuse them, which the learner is told.
     """
 
     def __init__(self, address: str) -> None:
@@ -252,34 +223,42 @@ class ActorLink:
         self._spool = Spool()
         self._sent = 0  # highest sequence number sent on this connection
         self._progress_at = 0.0  # when the window last moved
+        self.prepare: Callable[[int, Params], Any] = lambda version, params: params
         self._inbox = wire.Inbox()
         self._newest = 0  # version of the weights the learner has
         self._wanting = False  # a chunk of weights was asked for and has not come
-        self._fresh: deque[tuple[int, Params]] = deque(maxlen=1)
+        self._fresh: deque[tuple[int, Any]] = deque(maxlen=1)
         self._run_until = 0
         self._pump = Pump(zmq.DEALER, address)
         self._pump.start(self._take, self._turn)
 
     def start(self, timeout: float = 10.0) -> dict[str, Any]:
-        """What the learner tells an actor. WireError when no learner answers."""
+        """What the learner tells an actor. NoLearner when none answers."""
         if not self._pump.wait(lambda: self._open, timeout):
             remedy = f"start it with `tether learner TASK --bind {self.address}`"
-            raise WireError(f"no learner at {self.address} after {timeout:.0f} s: {remedy}")
+            if self._pump.locked:
+                remedy += "; if it runs, it has no key of this robot (`tether keys` there), or another one"
+            raise NoLearner(f"no learner at {self.address} after {timeout:.0f} s: {remedy}")
         return wire.unpack(self._answer[1], dict, max_str_len=wire.MAX_BODY)
 
-    def begin(self, meta: Meta, timeout: float = 10.0) -> None:
-        """Open the stream `meta`. WireError with the differences when the learner refuses it."""
+    def begin(self, meta: Meta, timeout: float = 10.0, spool: Spool | None = None) -> None:
+        """Open the stream `meta`, whose records wait in `spool` (default: in memory).
+
+        With timeout 0 the learner may come later. WireError with the differences when the learner refuses it.
+        """
+        self._spool = self._spool if spool is None else spool  # an empty one is false
         self._hello, self._beat_at = (meta.stream, meta.to_json()), 0.0
         self._pump.wake()
-        self.start(timeout)
+        if timeout:
+            self.start(timeout)
 
     def send(self, seq: int, payload: bytes) -> None:
         """Hand over the next record (`record.encode`). WireError when no more fit in memory."""
         self._spool.append(seq, payload)
         self._pump.wake()
 
-    def weights(self, timeout: float = 0.0) -> tuple[int, Params] | None:
-        """(version, parameters) of the newest complete set, once; None when there is none since.
+    def weights(self, timeout: float = 0.0) -> tuple[int, Any] | None:
+        """(version, parameters as `prepare` made them) of the newest set, once; None when there is none since.
 
         Waits up to `timeout` s for one, or until the learner says stop.
         """
@@ -299,7 +278,13 @@ class ActorLink:
     def close(self, timeout: float = 5.0) -> int:
         """Deliver what is left, for at most `timeout` s, and end. Returns the records not delivered."""
         self._pump.close(timeout)
+        self._spool.close()
         return len(self._spool)
+
+    @property
+    def full(self) -> bool:
+        """Whether the spool asks for a pause."""
+        return self._spool.full
 
     @property
     def _open(self) -> bool:
@@ -325,7 +310,8 @@ class ActorLink:
     def _beat(self, state: str) -> bool:
         """Say that we are there, and how we do."""
         if not self._open:
-            return self._send("HELLO", self._hello[1], first=self._spool.first, next=self._spool.next_seq)
+            after = wire.ENDED if self._spool.sealed else self._spool.next_seq
+            return self._send("HELLO", self._hello[1], first=self._spool.first, next=after)
         return self._send("STATUS", state=state, spool=len(self._spool), weights=self._inbox.version,
                           refused=self._inbox.refused, stats=self._stats)
 
@@ -350,7 +336,8 @@ class ActorLink:
 
     def _on_welcome(self, body: bytes, stream: str) -> None:
         self._answer, self._sent, self._beat_at = (stream, body), 0, 0.0
-        self._inbox, self._newest, self._wanting = wire.Inbox(), 0, False  # another learner may count from 1 again
+        # another learner may count from 1 again
+        self._inbox, self._newest, self._wanting = wire.Inbox(self.prepare), 0, False
 
     def _on_refuse(self, body: bytes) -> None:
         if body:
@@ -359,7 +346,7 @@ class ActorLink:
             self._answer, self._beat_at = ("", b""), 0.0
 
     def _on_ack(self, body: bytes, seq: int, run_until: int, weights: int, stop: str) -> None:
-        if seq >= self._spool.next_seq:
+        if seq >= self._spool.next_seq and not self._spool.sealed:
             raise Malformed("ACK of a record that does not exist")
         if seq >= self._spool.first:
             self._spool.ack(seq)
@@ -368,9 +355,9 @@ class ActorLink:
         self.stopped = self.stopped or stop
 
     def _on_weights(self, body: bytes, version: int, **about: Any) -> None:
-        params = self._inbox.take(body, version, **about)
-        if params is not None:
-            self._fresh.append((version, params))
+        prepared = self._inbox.take(body, version, **about)
+        if prepared is not None:
+            self._fresh.append((version, prepared))
         self._newest, self._wanting = version, False
         if self._inbox.tried >= version:
             self._beat_at = 0.0  # tells what became of them

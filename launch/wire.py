@@ -12,7 +12,7 @@ import math
 import re
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -31,13 +31,14 @@ MAX_BODY = (1 << 20) - MAX_HEADER
 MAX_BATCH = 32  # records in one DATA
 CHUNK = 128 << 10  # bytes of weights in one WEIGHTS, of records in one DATA: on 1 Mbit/s the rest waits for 1 s
 MAX_WEIGHTS = 64 << 20  # bytes
+ENDED = record.MAX_INT - 1  # stands in for the next record of a stream that gets no more
 
 KINDS = record.KINDS | {"sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v) is not None}
 
 # type: (sender, name:kind of each field of the header)
 MESSAGES = {
     # on each connect; body: the stream's Meta as JSON, or empty to ask what there is to do. first: the oldest
-    # record the actor still has, those before will never come (again); next: the one it will make next
+    # record the actor still has, those before will never come (again); next: the one it will make next, or ENDED
     "HELLO": ("actor", "stream:stream first:count next:count"),
     # body: what there is to do (task, policy) as a msgpack map
     "WELCOME": ("learner", "stream:stream"),
@@ -52,7 +53,7 @@ MESSAGES = {
     "STATUS": ("actor", "stream:stream state:text spool:count weights:count refused:text stats:numbers"),
     # send me the chunk of this version that begins here. Not asked for twice at once, so that acks pass
     "WANT": ("actor", "stream:stream version:count offset:count"),
-    # body: at most 256 KiB of a safetensors file, of the newest version; from 0 where it is another one
+    # body: at most CHUNK bytes of a safetensors file, of the newest version; from 0 where it is another one
     "WEIGHTS": ("learner", "version:count offset:count nbytes:count layout:sha256 sha256:sha256"),
 }
 FIELDS = {kind: dict(field.split(":") for field in header.split()) for kind, (_, header) in MESSAGES.items()}
@@ -166,9 +167,14 @@ def pack_weights(version: int, params: Params) -> Weights:
 
 
 class Inbox:
-    """Puts weights together, chunk by chunk. What it returns is complete, checked and newer than before."""
+    """Puts weights together, chunk by chunk. What it returns is complete, checked and newer than before.
 
-    def __init__(self) -> None:
+    `prepare(version, params)` has the last word: it raises WireError to refuse them, and what it returns is what
+    `take` returns.
+    """
+
+    def __init__(self, prepare: Callable[[int, Params], Any] = lambda version, params: params) -> None:
+        self._prepare = prepare
         self.version = 0  # of the newest complete set
         self.tried = 0  # of the newest that was complete or refused
         self.refused = ""  # why the last one that was refused was
@@ -179,8 +185,8 @@ class Inbox:
         """Bytes that came of a version."""
         return len(self._data) if version == self._coming else 0
 
-    def take(self, body: bytes, version: int, offset: int, nbytes: int, layout: str, sha256: str) -> Params | None:
-        """The parameters that a WEIGHTS completes. One that is not the next due chunk changes nothing."""
+    def take(self, body: bytes, version: int, offset: int, nbytes: int, layout: str, sha256: str) -> Any:
+        """The parameters that a WEIGHTS completes, prepared. One that is not the next due chunk changes nothing."""
         if version <= self.tried or offset != self.filled(version):
             return None
         if version != self._coming:
@@ -193,12 +199,12 @@ class Inbox:
                 raise WireError("the layout changed within a run")
             if len(self._data) < nbytes:
                 return None
-            params = _parse(bytes(self._data), layout, sha256)
+            prepared = self._prepare(version, _parse(bytes(self._data), layout, sha256))
             self.version, self._layout = version, layout
         except WireError as error:
-            self.refused, params = clip(f"weights {version}: {error}"), None
+            self.refused, prepared = clip(f"weights {version}: {error}"), None
         self.tried, self._data = version, bytearray()
-        return params
+        return prepared
 
 
 def _parse(data: bytes, layout: str, sha256: str) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 from ..drivers.base import Command, Reading, Robot, Twin
 from .rate import Rate
 from .record import Record
-from .safety import ESTOP, Gate, SafetyError
+from .safety import DISARMED, LATCHED, Gate, SafetyError
 from .task import Outcome, Task
 
 GENTLE = Outcome(0.0, False, False, {})
+ARM_S = 10.0  # for the channels to come up
 
 
 class RecordingEnv(gymnasium.Env):
@@ -54,6 +56,8 @@ class RobotEnv(RecordingEnv):
         self.auto_reset = True  # off only to show what practice without it is worth
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.observation_size,), np.float32)
         self.reading: Reading  # the newest
+        self._ranges = {channel.name: channel.range for channel in robot.channels}
+        self._range = np.concatenate(list(self._ranges.values()))
         self._open = False
         self._progress: Any = None
         self._outcome = GENTLE
@@ -63,8 +67,9 @@ class RobotEnv(RecordingEnv):
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Make the robot able to try again, by its own motion. Returns (observation, info)."""
         super().reset(seed=seed)
-        self._refuse_when_latched()
         try:
+            if self._open and self.gate.state in (DISARMED, *LATCHED):  # only a person's clear and arm lead on
+                self._arm()
             self._start(seed)
             if self._segment:
                 self._end_segment()
@@ -108,9 +113,29 @@ class RobotEnv(RecordingEnv):
         if self._progress is None:
             self.rate.restart()
             self.reading = self.robot.read()
+            self._arm("arm")
             self._progress = self.task.begin(self.reading)
             self.action = self.task.rest
-            self.gate.step(self.robot.now(), self.reading, None, ("arm",))
+
+    def _arm(self, *events: str) -> None:
+        """Stand still until the gate is armed. Raises SafetyError naming what keeps it from that."""
+        for _ in range(math.ceil(ARM_S * self.task.spec.hz)):
+            self.reading = self._read()
+            command, state, _ = self.gate.step(self.robot.now(), self.reading, None, (*self.events(), *events))
+            if state != DISARMED:
+                break
+            self.robot.write(command)
+            self.rate.wait()
+        self._refuse_when_still()
+
+    def _read(self) -> Reading:
+        """The newest reading. A value that no sensor gives did not come: the one before it stands, and ages."""
+        new, old = self.robot.read(), self.reading
+        if not (np.abs(np.concatenate([new.values[name] for name in self._ranges])) <= self._range).all():
+            for name, largest in self._ranges.items():
+                if not (np.abs(new.values[name]) <= largest).all():
+                    new.values[name], new.stamps[name] = old.values[name], old.stamps[name]
+        return new
 
     def _tick(self, wish: np.ndarray, source: str) -> tuple[Outcome, dict[str, Any]]:
         now, reading = self.robot.now(), self.reading
@@ -118,13 +143,13 @@ class RobotEnv(RecordingEnv):
         self.robot.write(command)
         self.action = self.robot.command.to_action(command)
         self.rate.wait()
-        self.reading = self.robot.read()
+        self.reading = self._read()
         outcome = self.task.advance(self._progress, self.action, self.reading)
         self._segment += 1
         if source == "reset":  # a reset is not judged
             outcome = Outcome(outcome.reward, False, False, outcome.events)
         else:
-            over = self._segment >= self._limit or state == ESTOP
+            over = self._segment >= self._limit or state in LATCHED
             truncated = not outcome.terminated and (outcome.truncated or over)
             self._outcome = outcome = replace(outcome, truncated=truncated)
         events = outcome.events | {f"gate_{fault}": 1.0 for fault in faults}
@@ -146,17 +171,19 @@ class RobotEnv(RecordingEnv):
                     self.robot.stop()
                     self.robot.place(self.task.spot(self.reading))
                     self.reading = self.robot.read()
+                    self.gate.step(self.robot.now(), self.reading, None)  # it stands: begin from rest
                     break
             wish = recovery.wish(self.reading)
             if wish is None:
                 break
             self._tick(wish, "reset")
-            self._refuse_when_latched()
+            self._refuse_when_still()
         self._end_segment(events)
 
-    def _refuse_when_latched(self) -> None:
-        if self.gate.state == ESTOP:
-            raise SafetyError("the e-stop is latched: make the robot safe, then clear the gate")
+    def _refuse_when_still(self) -> None:
+        if self.gate.state in (DISARMED, *LATCHED):
+            why = ", ".join(self.gate.cause) or "nothing is wrong now"
+            raise SafetyError(f"the gate is {self.gate.state} ({why}): make the robot safe, then clear and arm it")
 
     def _observe(self) -> np.ndarray:
         return self.task.observe(self._progress, self.reading, self.action)

@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,11 @@ class Meta:
     def differences(self, other: Meta) -> list[str]:
         """What two sides must agree on to exchange records and do not, a readable line each."""
         ours, theirs = self._spec(), other._spec()
-        return [f"{key}: {ours.get(key, 'none')} here, {theirs.get(key, 'none')} there"
-                for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        lines = [f"{key}: {ours.get(key, 'none')} here, {theirs.get(key, 'none')} there"
+                 for key in ours | theirs if ours.get(key) != theirs.get(key)]  # fmt: skip
+        rows = enumerate(zip_longest(self.task.splitlines(), other.task.splitlines(), fillvalue=""), 1)
+        # one line of the task says enough: it may have hundreds
+        return lines + [f"task, line {n}: {a:.60} here, {b:.60} there" for n, (a, b) in rows if a != b][:1]
 
     def _spec(self) -> dict[str, Any]:
         lines: dict[str, Any] = {"robot": self.robot, "hz": self.hz}
@@ -208,8 +212,11 @@ class SegmentWriter:
     def append(self, seq: int, payload: bytes) -> None:
         """Write one record: its number and what `encode` made of it."""
         if self._count >= SEGMENT_RECORDS or self._size >= SEGMENT_BYTES:
-            self.close()
+            former = self._file
             self._open()
+            former.close()
+        if not self._size:
+            self._write(_META, 0, self.meta.to_json())
         self._write(_RECORD, seq, payload)
         self._count += 1
 
@@ -218,14 +225,14 @@ class SegmentWriter:
         self._file.close()
 
     def _open(self) -> None:
-        self._count = self._size = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             last = max((int(path.stem) for path in _segments(self.folder)), default=0)
-            self._file = open(self.folder / f"{last + 1:08d}{SUFFIX}", "ab", buffering=0)
+            path = self.folder / f"{last + 1:08d}{SUFFIX}"
+            self._file = open(path, "ab", buffering=0)
         except OSError as error:
             raise RecordError(f"{self.folder} cannot be written: {error.strerror}; choose another") from None
-        self._write(_META, 0, self.meta.to_json())
+        self.path, self._count, self._size = path, 0, 0  # of the segment that grows
 
     def _write(self, kind: int, seq: int, payload: bytes) -> None:
         head = _HEAD.pack(_MAGIC, kind, bytes.fromhex(self.meta.stream), seq, len(payload), 0)

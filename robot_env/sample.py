@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .record import Record
+from .safety import CLAMPS
 from .task import Task
 
 TRAINED_SOURCES = ("policy", "takeover", "teacher")
@@ -25,7 +26,7 @@ class Sample:
     reward: float
     terminated: bool
     truncated: bool
-    train: bool  # False where the command left the action box, and for resets (DESIGN law 5)
+    train: bool  # False where the gate held the robot, where the command left the action box, for resets (law 5)
     part: int = 0  # of its stream, rises where records are lost: samples of two parts are never paired
 
 
@@ -62,7 +63,8 @@ class Fold:
         if record.action is not None:
             self._action = record.action
             action = np.clip(record.action, -1.0, 1.0)
-        judged = action is not None and not lost and record.source in TRAINED_SOURCES
+        vetoed = any(name.startswith("gate_") and name[5:] not in CLAMPS for name in record.events)
+        judged = action is not None and not lost and not vetoed and record.source in TRAINED_SOURCES
         train = judged and bool((np.abs(self._action) <= 1.0 + BOX_TOLERANCE).all())
         ended = record.terminated, record.truncated
         sample = Sample(obs, before, action, record.reward, *ended, train, self._part)

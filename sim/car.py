@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mujoco
 import numpy as np
 
-from ..drivers.base import DriverError, Reading
+from ..drivers.base import Channel, DriverError, Reading
 from ..drivers.car import CHANNELS, COMMAND
-from .twin import JITTER_S, Sensor, World
+from .twin import JITTER_S, KINDS, Failure, Sensor, World
 
 WHEEL_RADIUS_M = 0.0488  # FastRLAP: wheel-centre height
 MOTOR_MPS2 = 9.0  # VESC: maximum acceleration (RACER); its smoother runs at 75 Hz, ours at 100 Hz
@@ -30,6 +31,19 @@ SENSORS = {
     "wheel_speed": (0.02, "last"), "steering": (0.005, "last"), "pose": (0.01, "last"),
 }
 
+# (gain, offset) of a sensor that is `wrong`: readings that could be true
+WRONG: dict[str, tuple[Sequence[float] | float, Sequence[float] | float]] = {
+    "accel": ((-1.0, -1.0, 1.0), 0.0),  # mounted the wrong way round
+    "gyro": (-1.0, 0.0),  # swapped sign
+    "shock": (1.0, 10.0),  # m/s^2: half a collision
+    "velocity": (-1.0, 0.0),  # mounted the wrong way round
+    "wheel_speed": (0.5, 0.0),  # another gear
+    "steering": (1.0, 0.1),  # rad: a trim that is off
+    "pose": (1.0, (0.0, 1.0, 0.0, 0.0)),  # m: a map that has shifted
+}
+LOW_BATTERY_MPS2 = 0.5  # what the top speed falls by each second, from what the command allows
+LOW_BATTERY_MPS = 1.0  # and where it ends
+
 MODEL = Path(__file__).parent / "models" / "car.xml"
 
 
@@ -40,18 +54,31 @@ class CarTwin:
     rates and latencies. With `realtime` simulated time follows the wall clock.
     """
 
-    channels, command = CHANNELS, COMMAND
+    channels: tuple[Channel, ...] = CHANNELS
+    command = COMMAND
+    # what can fail, and how. There is no battery channel: a battery shows in the speed alone
+    failures = {c.name: KINDS for c in CHANNELS} | {
+        "motor": ("off",), "steering_servo": ("stuck",), "battery": ("low",)
+    }  # fmt: skip
 
     def __init__(
         self, walls: Sequence[np.ndarray] = (), start: tuple[float, float, float] = (0.0, 0.0, 0.0),
         seed: int = 0, realtime: bool = False, noise: bool = True,
     ) -> None:  # fmt: skip
+        if not noise:
+            self.channels = tuple(replace(channel, noisy=False) for channel in CHANNELS)
         model = build(walls)
-        sensors = [Sensor(c, noise * SENSORS[c.name][0], SENSORS[c.name][1], noise * JITTER_S) for c in CHANNELS]
+        sensors = [
+            Sensor(c, noise * SENSORS[c.name][0], SENSORS[c.name][1], noise * JITTER_S, WRONG[c.name]) for c in CHANNELS
+        ]
         self.world = World(model, sensors, self._control, self._measure, self._watch, seed, realtime)
         self._is_wall = model.geom_matid == model.material("wall").id
         self._hubs = [int(model.joint(f"hub_{w}").dofadr[0]) for w in ("fl", "fr", "rl", "rr")]
         self._servo = int(model.joint("servo").qposadr[0])
+        self._motor_force = model.actuator("motor").forcerange  # a view into the model
+        self._full_force = self._motor_force.copy()
+        self._broken: dict[str, list[Failure]] = {"motor": [], "steering_servo": [], "battery": []}
+        self._jammed_at: float | None = None  # rad
         self._open, self._contacts = False, 0
         bare = build([])
         standing = mujoco.MjData(bare)  # on its springs
@@ -104,6 +131,19 @@ class CarTwin:
         self._touching, self._touched = False, -math.inf
         self.world.settle(qpos)
 
+    def fail(self, part: str, kind: str, start: float, lasts: float = math.inf) -> None:
+        """Let a part of `failures` fail at `start` (s on this twin's clock) for `lasts` seconds.
+
+        motor off: no torque, it rolls on and cannot brake; steering_servo stuck: its angle stays; battery low: the
+        top speed sinks.
+        """
+        if kind not in self.failures.get(part, ()):
+            raise ValueError(f"{part}:{kind} is none of {self.failures}")
+        if part in self._broken:
+            self._broken[part].append(self.world.failure(kind, start, lasts))
+        else:
+            self.world.fail(part, kind, start, lasts)
+
     def truth(self) -> dict[str, float]:
         """x, y (m), heading (rad), speed (m/s, forward), upright (1 on its wheels, -1 on its roof), contacts
         (running count of wall touches), touching (0/1). For eval, report and tests only."""
@@ -121,7 +161,24 @@ class CarTwin:
     def _control(self, dt: float) -> None:
         change = MOTOR_MPS2 * dt
         self._speed = min(max(self._target[0], self._speed - change), self._speed + change)
-        self.world.data.ctrl[:] = self._speed, self._target[1]
+        speed, steering = self._speed, self._target[1]
+        if any(self._broken.values()):
+            speed, steering = self._suffer(speed, steering)
+        self.world.data.ctrl[:] = speed, steering
+
+    def _suffer(self, speed: float, steering: float) -> tuple[float, float]:
+        """What becomes of the set speed and steering where actuators fail."""
+        now = self.world.data.time
+        since = {part: now - f.start for part, failed in self._broken.items() for f in failed if f.active(now)}
+        self._motor_force[:] = 0.0 if "motor" in since else self._full_force
+        if "steering_servo" not in since:
+            self._jammed_at = None
+        elif self._jammed_at is None:
+            self._jammed_at = float(self.world.data.qpos[self._servo])
+        if "battery" in since:
+            top = max(COMMAND.high[0] - LOW_BATTERY_MPS2 * since["battery"], LOW_BATTERY_MPS)
+            speed = min(max(speed, -top), top)
+        return speed, steering if self._jammed_at is None else self._jammed_at
 
     def _measure(self) -> dict[str, np.ndarray]:
         data, rotation = self.world.data, self._rotation()

@@ -18,6 +18,12 @@ from ..drivers.base import Channel, DriverError, Reading
 KEEP_S = 2.0  # how much unread history a channel holds: what an aggregate can span
 JITTER_S = 0.004  # latency varies by up to this much (USB and scheduling of a Linux host)
 
+KINDS = ("off", "stuck", "garbage", "wrong", "slow", "delayed", "intermittent")  # of a sensor's failures
+GARBAGE = (math.nan, math.inf, 1e9)
+SLOW = 10  # one sample in so many comes
+DELAY_S = 0.5  # on top of the latency
+SPELL_S = 0.1, 1.0  # shortest and longest time that an intermittent sensor is off, or on
+
 
 class World:
     """The physics of one twin, its clock and its sensors.
@@ -37,7 +43,7 @@ class World:
         self.dt = float(model.opt.timestep)
         self._control, self._measure, self._watch = control, measure, watch
         self._realtime = realtime
-        self._rng = np.random.default_rng(seed)
+        self._rng, self._seed, self._failures = np.random.default_rng(seed), seed, 0
         self._sensors = {s: round(1.0 / s.channel.hz / self.dt) for s in sensors}  # steps between samples
         for sensor, period in self._sensors.items():
             if abs(period * self.dt * sensor.channel.hz - 1.0) > 1e-6:
@@ -75,6 +81,17 @@ class World:
             values[name], stamps[name] = sensor.take(now, self._rng)
         return Reading(values, stamps)
 
+    def failure(self, kind: str, start: float, lasts: float = math.inf) -> Failure:
+        """A failure with its own generator, so that it draws nothing from the noise of the sensors."""
+        self._failures += 1
+        return Failure(kind, start, lasts, np.random.default_rng([self._seed, self._failures]))
+
+    def fail(self, channel: str, kind: str, start: float, lasts: float = math.inf) -> None:
+        """Let the sensor of `channel` fail from `start` (s) on, for `lasts` seconds. Failures add up."""
+        for sensor in self._sensors:
+            if sensor.channel.name == channel:
+                sensor.failures.append(self.failure(kind, start, lasts))
+
     def settle(self, qpos: np.ndarray) -> None:
         """Put the robot at rest in the state `qpos` (nq,), and fill every sensor with it. Time goes on."""
         mujoco.mj_resetData(self.model, self.data)
@@ -106,22 +123,59 @@ class World:
             raise DriverError(f"twin: the physics failed ({', '.join(kinds)}); place the robot again")
 
 
+class Failure:
+    """Something that is broken from `start` for `lasts` seconds of the twin's clock. What a sensor's kinds do:
+
+    - off: no more samples.
+    - stuck: the value that was read last, again and again, with fresh stamps.
+    - garbage: NaN, infinity and a billion, for a second each, in this order, from a random one on.
+    - wrong: plausible and wrong, as the sensor's `wrong` says.
+    - slow: one sample in ten.
+    - delayed: every sample comes half a second later; at the end those on their way come at once.
+    - intermittent: off, on, off ... for 0.1 to 1 s each, at random.
+    """
+
+    def __init__(self, kind: str, start: float, lasts: float, rng: np.random.Generator) -> None:
+        self.kind, self.start, self._end, self._rng = kind, start, start + lasts, rng
+        self._first_garbage = int(rng.integers(len(GARBAGE)))
+        self._off, self._turn = False, start  # of intermittent: whether it is off, and until when
+
+    def active(self, now: float) -> bool:
+        """Whether it is broken now (to a nanosecond, as times are sums)."""
+        return self.start - 1e-9 <= now < self._end - 1e-9
+
+    def loses(self, now: float, number: int) -> bool:
+        """Whether sample `number`, which is captured now, never comes."""
+        while self.kind == "intermittent" and now >= self._turn - 1e-9:
+            self._off, self._turn = not self._off, self._turn + self._rng.uniform(*SPELL_S)
+        return self.kind == "off" or self._off or (self.kind == "slow" and number % SLOW > 0)
+
+    def garbage(self, now: float) -> float:
+        """What is read instead."""
+        return GARBAGE[(self._first_garbage + int(now - self.start + 1e-9)) % len(GARBAGE)]
+
+
 class Sensor:
     """How a twin imitates one channel: its samples on their way to the reader.
 
     `noise`: standard deviation in the channel's unit; `combine`: "last", or "mean" / "max" over the samples
-    since the last read.
+    since the last read; `wrong`: (gain, offset) of a sensor that is wrong, a number or one a value.
     """
 
-    def __init__(self, channel: Channel, noise: float = 0.0, combine: str = "last", jitter_s: float = JITTER_S) -> None:
+    def __init__(
+        self, channel: Channel, noise: float = 0.0, combine: str = "last", jitter_s: float = JITTER_S,
+        wrong: tuple[Sequence[float] | float, Sequence[float] | float] = (-1.0, 0.0),
+    ) -> None:  # fmt: skip
         self.channel = channel
-        self._noise, self._combine, self._jitter = noise, combine, jitter_s
-        self._waiting: deque[tuple[float, float, np.ndarray]] = deque(maxlen=round(KEEP_S * channel.hz))
+        self.failures: list[Failure] = []
+        self._noise, self._combine, self._jitter, self._wrong = noise, combine, jitter_s, wrong
+        # (when it is delivered, when it was captured, value; None: as before)
+        self._waiting: deque[tuple[float, float, np.ndarray | None]] = deque(maxlen=round(KEEP_S * channel.hz))
         self._value, self._stamp = np.zeros(channel.size, np.float32), 0.0
 
     def put(self, now: float, value: np.ndarray, rng: np.random.Generator) -> None:
         """Capture `value` now; it is delivered a latency later."""
-        self._waiting.append((now + self.channel.latency_s + self._jitter * rng.random(), now, value))
+        self._send(now + self.channel.latency_s + self._jitter * rng.random(), now, value)
 
     def fill(self, now: float, value: np.ndarray) -> None:
         """As if `value` had been measured for a while: reads deliver it, with its due age, from now on."""
@@ -129,17 +183,39 @@ class Sensor:
         latency, interval = self.channel.latency_s, 1.0 / self.channel.hz
         samples = math.ceil(latency / interval)
         for stamp in (now - latency, *(now - i * interval for i in reversed(range(samples)))):
-            self._waiting.append((stamp + latency, stamp, value))
+            self._send(stamp + latency, stamp, value)
 
     def take(self, now: float, rng: np.random.Generator) -> tuple[np.ndarray, float]:
         """A copy of the newest delivered value (or aggregate), and its stamp."""
         waiting, fresh = self._waiting, []
-        while waiting and waiting[0][0] <= now + 1e-9:
+        due = now + 1e-9
+        if any(failure.kind == "delayed" and failure.active(now) for failure in self.failures):
+            due -= DELAY_S
+        while waiting and waiting[0][0] <= due:
             _, self._stamp, value = waiting.popleft()
-            fresh.append(value)
+            if value is not None:
+                fresh.append(value)
         if fresh:
             samples = np.array(fresh if self._combine != "last" else fresh[-1:])  # (n, size)
-            samples += self._noise * rng.standard_normal(samples.shape)
+            noise = self._noise * rng.standard_normal(samples.shape)
+            most = self.channel.most or np.inf  # at which a sensor saturates, if it is not broken
+            samples = np.where(np.abs(samples) <= most, np.clip(samples + noise, np.negative(most), most), samples)
             combined = samples.max(axis=0) if self._combine == "max" else samples.mean(axis=0)
             self._value = combined.astype(np.float32)
         return self._value.copy(), self._stamp
+
+    def _send(self, due: float, stamp: float, truth: np.ndarray) -> None:
+        most = self.channel.most or np.inf
+        value: np.ndarray | None = np.clip(truth, np.negative(most), most)
+        for failure in self.failures:
+            if not failure.active(stamp):
+                continue
+            if failure.loses(stamp, round(stamp * self.channel.hz)):
+                return
+            if failure.kind == "stuck":
+                value = None
+            elif failure.kind == "garbage":
+                value = np.full(self.channel.size, failure.garbage(stamp))
+            elif failure.kind == "wrong" and value is not None:
+                value = value * self._wrong[0] + self._wrong[1]
+        self._waiting.append((due, stamp, value))

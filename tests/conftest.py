@@ -17,6 +17,11 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_
 # (256,) - (256, 1) is otherwise a silent 256 x 256 loss; read by JAX when it is imported
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
+# nothing is read from, or left in, the home of who runs the tests
+os.environ["HOME"] = _home = tempfile.mkdtemp(prefix="tether-home-")
+os.environ.pop("TETHER_KEYS", None)
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
+
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # many processes compile the same small update
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="tether-jax-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -28,6 +28,7 @@ COMMANDS = (
     "export",
     "drive",
     "report",
+    "doctor",
     "list",
 )
 TINY = flags(*SETTINGS)
@@ -128,9 +129,10 @@ TYPED = {
     "from nothing": (["run", "fake.toml", "--from", "old", *TINY], "old/snapshots: no snapshot to start from"),
     "an address of no use": (["learner", "fake.toml", "--bind", "here", *TINY], "'here'"),
     "an address off this machine": (
-        ["learner", "fake.toml", "--bind", "tcp://0.0.0.0:5555", *TINY], "no keys yet.*ssh -L",
+        ["learner", "fake.toml", "--bind", "tcp://0.0.0.0:5555", *TINY],
+        "needs keys: there is no .*learner.key; `tether keys NAME`",
     ),
-    "a learner elsewhere": (["actor", "--learner", "tcp://10.0.0.1:5555"], "10.0.0.1.*no keys yet"),
+    "a learner elsewhere": (["actor", "--learner", "tcp://10.0.0.1:5555"], "10.0.0.1.*there is no .*actor.key"),
     "hardware without a driver": (["record", "car-loop", "--real"], "car has no hardware driver yet; .*--real"),
     "a gym without hardware": (["record", "gym:Pendulum-v1"], "only courses can be recorded"),
     "too fast": (["record", "fake.toml", "--speed", "9"], "--speed 9: between 0 and 4.5"),

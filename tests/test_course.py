@@ -15,6 +15,7 @@ from tether.launch.evaluate import pursuit
 from tether.robot_env import course
 from tether.robot_env.course import Course
 from tether.robot_env.env import RobotEnv
+from tether.robot_env.safety import CLAMPS
 from tether.robot_env.task import TaskError, parse
 
 from tests.conftest import square
@@ -250,6 +251,7 @@ def pursue(speed: float, lookahead: float, seconds: float, seed: int) -> list[fl
                 f"{speed} m/s is too fast to tell false trips from true ones"
             )
             assert not {"collision", "flip", "stuck"} & set(info), (speed, info)
+            assert not set(info["faults"]) - set(CLAMPS), (speed, info)
             shocks.append(float(env.reading.values["shock"][0]))
             if truncated:
                 obs, _ = env.reset()

@@ -239,11 +239,94 @@ def test_an_estop_ends_the_episode_and_no_reset_moves_the_robot():
     env.events = lambda: pressed.pop() if pressed else ()
     _, _, terminated, truncated, info = env.step(wish(2.0, 0.0))
     assert truncated and not terminated and info["gate"] == "estop"
-    assert (robot.written[-1] == 0.0).all() and records[-1].events["gate_estop"] == 1.0
+    assert robot.written[-1][0] == 0.0 and records[-1].events["gate_estop"] == 1.0
     written = len(robot.written)
-    with pytest.raises(SafetyError, match="clear the gate"):
+    with pytest.raises(SafetyError, match=r"the gate is estop \(estop\): make the robot safe, then clear and arm it"):
         env.reset()
     assert len(robot.written) == written
+    env.close()
+
+
+def test_after_an_estop_a_person_clears_and_arms():
+    robot = Fake()
+    env, _ = make(robot)
+    env.reset()
+    pressed = [("estop",)]
+    env.events = lambda: pressed.pop(0) if pressed else ()
+    env.step(wish(2.0, 0.0))
+    pressed[:] = [("clear",)]
+    with pytest.raises(SafetyError, match=r"the gate is disarmed \(nothing is wrong now\)"):
+        env.reset()  # nobody armed it
+    assert all((command == COMMAND.safe).all() for command in robot.written[-50:])
+    pressed[:] = [()] * 12 + [("arm",)]
+    env.reset()
+    assert env.step(wish(0.9, 0.0))[4]["gate"] == "run"
+    env.close()
+
+
+class Failing(Hardware):
+    """Its `pose` is spoilt by `how` from `begins` on."""
+
+    def __init__(self, robot: Fake, how, begins: float) -> None:
+        super().__init__(robot)
+        self.how, self.begins = how, begins
+
+    def read(self) -> Reading:
+        reading = super().read()
+        if self.now() >= self.begins:
+            self.how(reading)
+        return reading
+
+
+def lose(reading: Reading) -> None:
+    reading.stamps["pose"] = -1.0
+
+
+def spoil(reading: Reading) -> None:
+    reading.values["pose"][:] = np.nan
+
+
+def exaggerate(reading: Reading) -> None:
+    reading.values["pose"][0] = 1e6
+
+
+@pytest.mark.parametrize("how", [lose, spoil, exaggerate])
+def test_a_channel_that_fails_holds_the_robot_and_then_stops_it(how):
+    robot = Failing(Fake(), how, 3.0)
+    env, records = make(robot)
+    env.reset()
+    states = []
+    while not states or states[-1] != "stopping":
+        obs, _, terminated, truncated, info = env.step(wish(2.0, 0.1))
+        assert np.isfinite(obs).all() and not terminated
+        states.append(info["gate"])
+        if robot.now() > 3.3:  # two periods and the channel's 0.15 s
+            assert states[-1] != "run" and robot.robot._command[0] == 0.0
+    assert truncated and states.count("hold") == 21
+    assert all(np.isfinite(r.reading.values["pose"]).all() for r in records)
+    with pytest.raises(SafetyError, match=r"the gate is stopping \(stale_pose\)"):
+        env.reset()
+    env.close()
+
+
+def test_one_bad_value_is_not_used_and_stops_nothing():
+    robot = Failing(Fake(), spoil, math.inf)
+    env, records = make(robot)
+    env.reset()
+    for tick in range(30):
+        robot.begins = 0.0 if tick % 10 == 5 else math.inf
+        assert env.step(wish(0.8, 0.0))[4]["gate"] == "run"
+    assert all(np.isfinite(r.reading.values["pose"]).all() for r in records)
+    env.close()
+
+
+@pytest.mark.parametrize("how", [lose, spoil])
+def test_a_robot_whose_channel_never_came_is_not_armed(how):
+    robot = Failing(Fake(), how, 0.0)
+    env, records = make(robot)
+    with pytest.raises(SafetyError, match=r"the gate is disarmed \((stale|not_finite)_pose\)"):
+        env.reset()
+    assert not records and all((command == COMMAND.safe).all() for command in robot.robot.written)
     env.close()
 
 

@@ -32,7 +32,9 @@ DOORS = {
     "numpy": set(ROOMS),
 }
 SOURCES = [(room, path) for room in ROOMS for path in sorted((ROOT / room).glob("**/*.py"))]
-LIMIT_FILE, LIMIT_FUNCTION, LIMIT_CORE = 450, 60, 4500
+LIMIT_FILE, LIMIT_FUNCTION, LIMIT_CORE, LIMIT_ALL = 450, 60, 4500, 10_000
+# what carries experience and weights, and keeps them: no part of the core
+LINK = {"wire.py", "transport.py", "pump.py", "keys.py", "spool.py", "kept.py", "flight.py", "doctor.py"}
 
 
 def imports(tree: ast.AST) -> list[tuple[int, str]]:
@@ -98,8 +100,10 @@ def test_files_and_functions_are_small() -> None:
 
 
 def test_the_core_stays_within_its_budget() -> None:
-    total = sum(len(lines) for lines, _ in measured().values())
-    assert total <= LIMIT_CORE, f"core: {total} lines of {LIMIT_CORE}"
+    lines = {path: len(found) for path, (found, _) in measured().items()}
+    core = sum(count for path, count in lines.items() if path.name not in LINK)
+    assert core <= LIMIT_CORE, f"core: {core} lines of {LIMIT_CORE}"
+    assert sum(lines.values()) <= LIMIT_ALL
 
 
 def test_every_folder_is_shipped() -> None:
@@ -109,14 +113,36 @@ def test_every_folder_is_shipped() -> None:
     assert {f"tether.{'.'.join(f.relative_to(ROOT).parts)}" for f in folders} == set(listed)
 
 
-def test_nothing_unpickles_or_evaluates() -> None:
-    forbidden = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}
-    for _, path in SOURCES:
-        tree = ast.parse(path.read_text())
-        names = {name.split(".")[0] for _, name in imports(tree)}
-        assert not names & forbidden, f"{path}: {names & forbidden}"
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}"
-            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-                assert isinstance(node.value, ast.Constant) and node.value.value is False, f"{path}"
+# what runs, or builds, whatever its input says
+BUILTINS = {"eval", "exec", "compile", "__import__", "pickle"}
+MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}
+CALLS = {"yaml.load", "yaml.full_load", "yaml.unsafe_load", "torch.load", "builtins.eval", "builtins.exec"}
+METHODS = {"recv_pyobj", "send_pyobj", "read_pickle"}
+
+
+def trusting(tree: ast.AST) -> list[str]:
+    """What in a module trusts what comes in."""
+    found = [name for _, name in imports(tree) if name.split(".")[0] in MODULES]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in BUILTINS:
+            found.append(node.id)
+        elif isinstance(node, ast.Attribute) and (ast.unparse(node) in CALLS or node.attr in METHODS):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+            found.append("allow_pickle")
+    return found
+
+
+@pytest.mark.parametrize("room, path", SOURCES, ids=[str(p.relative_to(ROOT)) for _, p in SOURCES])
+def test_nothing_that_comes_in_is_run(room: str, path: Path) -> None:
+    assert trusting(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize("code", [
+    "import pickle", "from pickle import loads", "import os, shelve", "def f(): from marshal import load", "eval(x)",
+    "map(exec, x)", "compile(x, '', 'exec')", "np.load(f, allow_pickle=True)", "np.load(f, allow_pickle=flag)",
+    "torch.load(f)", "yaml.load(f)", "socket.recv_pyobj()", "from torch import load; torch.load(x)",
+])  # fmt: skip
+def test_what_would_run_it_is_found(code: str) -> None:
+    assert trusting(ast.parse(code))
+    assert not trusting(ast.parse("re.compile(x); spec.compile(); self.eval(); np.load(f, allow_pickle=False)"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ TINY = flags(*SETTINGS)
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where actors keep what they could not deliver
     Path("fake.toml").write_text(FAKE)
 
 
@@ -133,6 +136,46 @@ def test_a_killed_learner_and_a_killed_actor_lose_and_double_nothing():
     # every step made its update, before the restart and after, but for what came after the stop
     late = steps_of(streams) - trainer.start_steps + 1 - trainer.updates
     assert 0 <= late <= trainer.config.learner.max_lead + 1
+    # and the weights are those of a training that nothing interrupted
+    whole = Trainer(make_task(), trainer.config, 0)
+    for stream, records in each_once_and_in_order().items():
+        for record in records:
+            whole.push(stream, record, train=whole.updates < trainer.updates)
+    for x, y in zip(leaves(whole), leaves(trainer), strict=True):
+        assert x.tobytes() == y.tobytes()
+
+
+def test_an_actor_drives_without_a_learner_and_delivers_when_one_comes_back():
+    address = free_address()
+    learner = ("learner", "fake.toml", "--out", "run", "--bind", address, "--steps", 1_000_000, *TINY)
+    alone = ("actor", "fake.toml", "--learner", address, "--spool", "spool")
+    with tether(*learner) as first, tether("actor", "--learner", address, "--spool", "spool") as actor:
+        await_(lambda: count() > 60 and list(Path("spool").glob("*.weights")), first, actor)
+        actor.terminate()
+        assert actor.wait(PATIENCE) == 0
+        await_(lambda: not list(Path("spool").glob("*/*.seg")), first)
+        first.kill()
+        first.wait()
+    before = stored()
+    with tether(*alone) as actor:
+        await_(lambda: waiting() > 30, actor)
+        with tether(*learner, "--resume") as second:
+            await_(lambda: len(stored()) == 2 and count() > sum(map(len, before.values())) + 60, second, actor)
+            second.send_signal(signal.SIGINT)
+            assert actor.wait(PATIENCE) == 0 and second.wait(PATIENCE) == 0
+    (log,) = (path for path in Path().glob("actor-*.log") if "no learner at" in path.read_text())
+    told = rf"no learner at {address} after 10 s: .*; until then the actor drives with weights (\d+), its last here, "
+    version = int(re.search(told + "and records wait in spool", log.read_text())[1])
+    streams = each_once_and_in_order()
+    ((name, records),) = ((name, records) for name, records in streams.items() if name not in before)
+    assert version > 0 and records[0].version == version  # no random steps, no fresh policy
+    assert records[-1].version > max(r.version for rs in before.values() for r in rs)  # and newer ones in the end
+    assert not list(Path("spool").glob("*/*.seg"))
+
+
+def waiting() -> int:
+    """Records in the spool."""
+    return sum(len(records) for _, records in read_streams("spool", on_damage=lambda line: None))
 
 
 def test_two_actors_feed_one_learner():
@@ -150,6 +193,53 @@ def test_two_actors_feed_one_learner():
     n = min(map(len, poses))
     assert not np.array_equal(poses[0][:n], poses[1][:n])  # each explores by itself
     restored()
+
+
+@contextmanager
+def talking(*arguments: object):
+    """A process of ours and the lines it says, which need no disk."""
+    command = [*TETHER, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: [lines.append(line) for line in process.stdout])
+    reader.start()
+    try:
+        yield process, lines
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stdout.close()
+        print("".join(lines))
+
+
+def fill_disk(process: subprocess.Popen, full: bool = True) -> None:
+    """From now on no file of the process grows, or all may again."""
+    soft = 0 if full else resource.RLIM_INFINITY
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+
+
+def test_full_disks_are_said_and_lose_nothing():
+    address, rare = free_address(), flags("learner.snapshot_every_s=1000.0")
+    arguments = ("learner", "fake.toml", "--out", "run", "--bind", address, "--steps", 1_000_000, *TINY, *rare)
+    with talking(*arguments) as (learner, said), talking("actor", "--learner", address, "--spool", "spool") as (
+        actor, told,
+    ):  # fmt: skip
+        await_(lambda: count() > 40, learner, actor)
+        fill_disk(learner)
+        await_(lambda: any("nothing is acknowledged" in line for line in said), learner, actor)
+        full = count()
+        fill_disk(learner, False)
+        await_(lambda: count() > full + 40 and any("stored again" in line for line in said), learner, actor)
+        fill_disk(actor)
+        await_(lambda: any("actor: paused" in line for line in told), learner, actor)
+        paused = count()
+        await_(lambda: count() > paused + 100, learner, actor)  # it goes on when the learner has what waited
+        fill_disk(actor, False)
+        learner.send_signal(signal.SIGINT)
+        assert learner.wait(PATIENCE) == actor.wait(PATIENCE) == 0
+    (records,) = each_once_and_in_order().values()
+    assert records[-1].action is None and not [path for path in Path("spool").iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

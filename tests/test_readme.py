@@ -40,7 +40,7 @@ KEYS = {  # always in what --json prints
     "eval": DRIVEN,
     "drive": DRIVEN,
 }
-ELSEWHERE = {"learner", "actor"}  # two machines; tests/test_processes.py
+ELSEWHERE = {"learner", "actor", "keys"}  # two machines; tests/test_processes.py, tests/test_keys.py
 
 
 @pytest.mark.parametrize("words", [w for w in BLOCKS + INLINE if w and Path(w[0]).name == "tether"], ids=" ".join)

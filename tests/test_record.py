@@ -279,7 +279,9 @@ def test_what_is_no_recording_is_refused_with_the_remedy(tmp_path, content, caps
 def test_another_format_is_refused(tmp_path, monkeypatch):
     described = meta()
     monkeypatch.setattr(module, "FORMAT", 2)
-    SegmentWriter(tmp_path / "s", replace(described, format=2)).close()
+    writer = SegmentWriter(tmp_path / "s", replace(described, format=2))
+    add(writer, make(1))
+    writer.close()
     monkeypatch.setattr(module, "FORMAT", 1)
     with pytest.raises(RecordError, match="00000001.seg: record format 2, not 1"):
         read_recording(tmp_path / "s")
@@ -328,7 +330,8 @@ def test_meta_round_trip_and_differences():
     described = meta()
     assert Meta.from_json(described.to_json()) == described
     other = meta(hz=20.0, channels=described.channels[:1], task="another")
-    assert described.differences(meta(task="another")) == []
+    (line,) = described.differences(meta(task=described.task.replace("\n", "\nmore = 1\n", 1)))
+    assert line.startswith("task, line 2: ") and line.endswith(" here, more = 1 there")
     lines = described.differences(other)
     assert "hz: 10.0 here, 20.0 there" in lines and any(x.startswith("channel pose: [4, 'm'") for x in lines)
     assert described.differences(meta()) == []

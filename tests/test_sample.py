@@ -115,6 +115,19 @@ def test_resets_and_what_left_the_box_are_not_trained_on():
     assert {r.source for r in records} == {"teacher", "reset"}
 
 
+def test_a_step_on_which_the_gate_held_the_robot_is_not_trained_on():
+    made, records = recording(HERE)
+    found = {}
+    for name in ("gate_hold", "gate_stale_pose", "gate_rate", "gate_limit"):
+        fold, trained = Fold(made), set()
+        for record in records:
+            action = None if record.action is None else 0 * record.action
+            for sample in fold.push(replace(record, source="policy", events={name: 1.0}, action=action)):
+                trained |= set() if action is None else {sample.train}
+        found[name] = trained
+    assert found == {"gate_hold": {False}, "gate_stale_pose": {False}, "gate_rate": {True}, "gate_limit": {True}}
+
+
 @pytest.mark.parametrize(
     "source, trained", [("policy", True), ("takeover", True), ("teacher", True), ("reset", False)]
 )

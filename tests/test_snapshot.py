@@ -12,6 +12,9 @@ jax = pytest.importorskip("jax")
 from tether.agents import rlpd, snapshot  # noqa: E402
 from tether.agents.snapshot import SnapshotError  # noqa: E402
 
+from tests.chaos import snapshots  # noqa: E402
+from tests.chaos.crashfs import FATES, CrashFS  # noqa: E402
+
 CFG = rlpd.Config(ensemble=3, hidden=(8, 8), batch=4, utd=2)
 OBS, ACT = 3, 2
 
@@ -186,3 +189,49 @@ def test_what_json_cannot_hold_is_refused_before_anything_changes(tmp_path):
     with pytest.raises(SnapshotError, match="not JSON serializable"):
         snapshot.save(tmp_path, {"task": fresh()}, {"steps": np.zeros(2)})
     assert loaded(tmp_path).counters == {"steps": 1}
+
+
+# --- power and processes that end, files that change: seconds' worth of `make snapshots`
+
+
+@pytest.mark.parametrize("fate", FATES)
+def test_a_save_cut_short_at_any_point_leaves_the_one_before_or_the_new_one(tmp_path, fate):
+    ends, wrong = snapshots.crash_points(tmp_path, [fate])
+    assert wrong == [] and ends > 50
+
+
+def test_a_process_that_ends_at_any_point_leaves_the_one_before_or_the_new_one(tmp_path):
+    ends, wrong = snapshots.crash_points(tmp_path, ["killed"], process=True)
+    assert wrong == [] and ends > 50
+
+
+def test_kills_at_random_leave_what_was_saved_last(tmp_path):
+    assert snapshots.kills(tmp_path, 5, seed=1) == []
+
+
+def test_no_damaged_snapshot_is_taken_for_good(tmp_path):
+    assert snapshots.mutations(tmp_path / "run", 150, seed=1) == []
+
+
+def test_the_crash_points_find_a_save_that_forgets_to_sync(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "_sync", lambda folder: None)
+    assert snapshots.crash_points(tmp_path / "names", ["lost"])[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_write", Path.write_bytes)
+        assert snapshots.crash_points(tmp_path / "contents", ["torn"])[1]
+
+
+def test_every_change_of_a_save_has_its_number(tmp_path):
+    snapshots.prepared(tmp_path, 1)
+    with CrashFS(tmp_path) as fs:
+        snapshots.save(tmp_path, 2, keep=1)
+    assert {line.split()[0] for line in fs.done} == {"unlink", "rmdir", "mkdir", "open", "write", "fsync", "rename"}
+    for file in ("task.safetensors", "counters.json", "sha256.json"):
+        assert [f"{call} .writing-000002/{file}" in fs.done for call in ("open", "write", "fsync")] == [True] * 3
+
+
+@pytest.mark.parametrize("sums", ["[" * 100_000, '{"../000001/task.safetensors": ""}', '{"counters.json": ""}\n'])
+def test_a_manifest_that_save_does_not_write_is_damage(tmp_path, sums):
+    before, newest = fill(tmp_path, 2)
+    (newest / "sha256.json").write_text(sums)
+    assert loaded(tmp_path).path == before

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import numpy as np
 from tether.drivers.base import Reading
 from tether.launch import catalog, evaluate, onboard
+from tether.launch.flight import FlightRecorder
+from tether.launch.learner import Journal
+from tether.launch.spool import Spool
 from tether.launch.transport import ActorLink, LearnerLink
 from tether.robot_env.env import RobotEnv
 from tether.robot_env.record import Record, encode
@@ -75,7 +79,7 @@ def link() -> dict[str, float]:
             record = Record(seq, 0.1 * seq, reading, action, 1.0, False, False, "policy", 0, {})
             actor.send(seq, encode(record))
 
-    learner = LearnerLink("tcp://127.0.0.1:*", meta, {}, lambda meta, first, payloads: None, {})
+    learner = LearnerLink("tcp://127.0.0.1:*", meta, {}, lambda meta, first, payloads: len(payloads), {})
     actor = ActorLink(learner.address)
     actor.begin(meta)
     for _ in range(REPEATS):
@@ -96,12 +100,52 @@ def link() -> dict[str, float]:
     return {"records_per_s": round(median(rates)), "round_trip_ms": round(median(trips), 3)}
 
 
+def cost() -> dict[str, float]:
+    """What durability and safety add: to an actor's tick (gate, plausibility, record, spool on disk, flight recorder)
+    and to a learner's step (journal, synced before the record is acknowledged)."""
+    spec = catalog.load_spec("car-loop")
+    env = catalog.make_env(catalog.make_task(spec))
+    assert isinstance(env, RobotEnv)
+    env.reset()
+    env.robot.read = lambda: fresh  # the twin's own time does not count
+    meta, gate, reading = catalog.stream_meta(spec), env.gate, env.reading
+    ticks, stored, waited = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        spool, flight = Spool(Path(folder) / "spool" / meta.stream, meta), FlightRecorder(meta)
+        journal = Journal(Path(folder) / "steps")
+        for seq in range(1, 2001):
+            wish = np.array([0.0, 0.1 * (seq % 7)])
+            now = env.robot.now() + 0.001 * seq  # time goes on, and the reading with it
+            fresh = Reading(reading.values, dict.fromkeys(reading.stamps, now))
+            start = time.perf_counter()
+            env._read()
+            command, *_ = gate.step(now, fresh, wish)
+            action = env.robot.command.to_action(command)
+            record = Record(seq, now, fresh, action, 0.0, False, False, "policy", 0, {})
+            payload = encode(record)
+            flight(record)
+            spool.append(seq, payload)
+            ticks.append(1e3 * (time.perf_counter() - start))
+            start, busy = time.perf_counter(), time.thread_time()
+            journal(meta, seq, [payload])  # one record a message, as with one actor that streams
+            stored.append(1e3 * (time.thread_time() - busy))
+            waited.append(1e3 * (time.perf_counter() - start))
+            spool.ack(seq)
+        spool.close()
+        journal.close()
+    env.close()
+    return {
+        "tick_p50_ms": round(median(ticks), 3), "tick_p99_ms": round(float(np.percentile(ticks, 99)), 3),
+        "store_cpu_ms": round(median(stored), 3), "store_wait_ms": round(median(waited), 3),
+    }  # fmt: skip
+
+
 def main() -> None:
     update = HERE / "update.json"
     subprocess.run([sys.executable, str(HERE / "bench_update.py"), "--out", str(update)], check=True)
     results: dict[str, Any] = {"update": json.loads(update.read_text())}
     update.unlink()
-    for bench in (twin, policy, link):
+    for bench in (twin, policy, link, cost):
         results[bench.__name__] = bench()
         print(f"{bench.__name__}: {results[bench.__name__]}")
     out = Path("bench.json")

@@ -1,0 +1,229 @@
+"""The learner between its link and its folder: what it gives an actor after a restart, and how it fails."""
+
+from __future__ import annotations
+
+import io
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tether.launch import catalog, config
+from tether.launch.transport import ActorLink
+from tether.robot_env.record import Record, encode, read_streams
+
+from tests.conftest import FAKE, SETTINGS
+
+jax = pytest.importorskip("jax")
+
+from tether.agents.snapshot import SnapshotError  # noqa: E402
+from tether.launch.learner import Job, Learner  # noqa: E402
+from tether.launch.log import Log  # noqa: E402
+from tether.launch.trainer import Diverged, Trainer  # noqa: E402
+
+WAIT_S = 60.0
+STEPS = 40  # after which a learner is done
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fake.toml").write_text(FAKE)
+    Path("run").mkdir()
+
+
+def settings(*more: str) -> config.Config:
+    return config.load("cpu", "course", [*SETTINGS, f"learner.steps={STEPS}", *more])
+
+
+@contextmanager
+def learner(*more: str, resume: bool = False):
+    """A learner in this process, and what it said."""
+    said = io.StringIO()
+    job = Job(catalog.load_spec("fake.toml"), settings(*more), Path("run").resolve(), resume=resume)
+    with closing(Log(Path("run"), STEPS, stream=said)) as log:
+        made = Learner(job, log)
+        made.link.wait_closed = lambda timeout: True  # the actors here never leave
+        try:
+            yield made, said
+        finally:
+            made.link.close()
+            made.journal.close()
+
+
+@contextmanager
+def actor(address: str, records: list[Record] = ()):
+    """The link of an actor that has made these records; with what it was told to do."""
+    link = ActorLink(address)
+    try:
+        orders = link.start(WAIT_S)
+        link.begin(catalog.stream_meta(catalog.load_spec("fake.toml")))
+        for record in records:
+            link.send(record.seq, encode(record))
+        yield link, orders
+    finally:
+        link.close(0.1)
+
+
+def drive(steps: int, seed: int = 1) -> list[Record]:
+    env = catalog.make_env(catalog.make_task(catalog.load_spec("fake.toml")), seed=seed)
+    records: list[Record] = []
+    env.on_record.append(records.append)
+    rng = np.random.default_rng(seed)
+    env.reset()
+    while len(records) < steps:
+        _, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 2))
+        if terminated or truncated:
+            env.reset()
+    env.close()
+    return records
+
+
+def trained(records: list[Record], *more: str) -> Trainer:
+    """A training of these records that nothing interrupted."""
+    trainer = Trainer(catalog.make_task(catalog.load_spec("fake.toml")), settings(*more), 0)
+    for record in records:
+        trainer.push("a", record, train=trainer.steps < STEPS)
+    return trainer
+
+
+def assert_same(params: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> None:
+    assert params.keys() == others.keys()
+    for name, value in params.items():
+        assert value.tobytes() == others[name].tobytes()
+
+
+def stored() -> list[Record]:
+    """What is in steps/, in order."""
+    return [record for _, records in read_streams("run/steps", on_damage=pytest.fail) for record in records]
+
+
+def poison(trainer: Trainer, at: int) -> None:
+    """From the update of step `at` on, one number of the state is NaN."""
+    algorithm = trainer._algorithm
+
+    def update(agent, state, batches):
+        state, metrics = algorithm.update(agent, state, batches)
+        if trainer.steps >= at:
+            first, *rest = jax.tree.leaves(state.actor)
+            state = state._replace(actor=jax.tree.unflatten(jax.tree.structure(state.actor), [first * np.nan, *rest]))
+        return state, metrics
+
+    trainer._algorithm = SimpleNamespace(**vars(algorithm) | {"update": update})
+
+
+def first_run() -> None:
+    with learner() as (one, _), actor(one.link.address, drive(60)):
+        one.run(lambda: "")
+
+
+def test_the_first_weights_after_a_resume_are_the_snapshots():
+    first_run()
+    saved, fresh = trained([]), trained([])
+    saved.load(Path("run/snapshots"))
+    with learner(resume=True) as (one, _), actor(one.link.address) as (link, orders):
+        version, params = link.weights(WAIT_S)
+    assert_same(params, saved.policy())
+    assert version >= STEPS  # as a version of the same run, newer than before
+    assert any(params[name].tobytes() != value.tobytes() for name, value in fresh.policy().items())
+
+
+def test_a_resumed_run_goes_on_with_what_is_left_of_the_random_steps():
+    with learner("actor.random_steps=50") as (one, _), actor(one.link.address, drive(60)) as (_, orders):
+        assert orders["random_steps"] == 50
+        one.run(lambda: "")
+        steps = one.trainer.steps
+    with learner("actor.random_steps=50", resume=True) as (one, _), actor(one.link.address) as (_, orders):
+        assert orders["random_steps"] == max(0, 50 - steps) < 50
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_resumed_learner_has_the_weights_of_one_that_was_never_interrupted(damaged):
+    """It trains again on what came after the snapshot it found, be it the newest or an older one."""
+    records = drive(60)
+    with learner() as (one, _), actor(one.link.address, records):
+        while one.trainer.steps < 30:
+            one._turn()
+            if one.trainer.steps >= 15 and not list(Path("run/snapshots").glob("0*")):
+                one.trainer.save(Path("run/snapshots"))
+        one.trainer.save(Path("run/snapshots"))
+        one._turn()  # and here it is killed
+    if damaged:
+        file = Path("run/snapshots/000002/task.safetensors")
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    kept = stored()
+    with learner(resume=True) as (two, said), actor(two.link.address) as (link, _):
+        _, params = link.weights(WAIT_S)
+        assert damaged == ("damaged snapshots: 000002" in said.getvalue())
+    whole = trained(kept)
+    assert (two.trainer.steps, two.trainer.updates) == (whole.steps, whole.updates)
+    assert_same(params, whole.policy())
+
+
+@pytest.mark.parametrize("publish_every", [1, 1000])
+def test_a_training_that_diverges_ends_in_one_line_and_nothing_of_it_is_sent_or_saved(publish_every):
+    first_run()
+    more = [f"learner.publish_every={publish_every}", "learner.steps=80"]
+    with learner(*more, resume=True) as (one, _), actor(one.link.address, drive(60, seed=2)) as (link, _):
+        before = one.trainer.steps
+        poison(one.trainer, at=before + 10)
+        with pytest.raises(Diverged, match=r"step (\d+): the training diverged, .* is not finite.*--resume") as failure:
+            one.run(lambda: "")
+        step = int(failure.value.args[0].split()[1].rstrip(":"))
+        assert step == before + 10 if publish_every == 1 else step >= before + 10
+        received = [link.weights()]
+    assert all(np.isfinite(value).all() for got in received if got for value in got[1].values())
+    assert sorted(path.name for path in Path("run/snapshots").glob("0*")) == ["000001"]
+    assert len(stored()) > 60
+    with learner(*more, resume=True) as (two, _):  # what went wrong here does not come again
+        assert two.trainer.steps >= step
+        two.trainer.policy()
+
+
+def test_a_training_that_diverges_on_the_way_back_ends_as_well(monkeypatch):
+    first_run()
+    records = drive(60, seed=2)
+    with learner("learner.steps=80", resume=True) as (one, _), actor(one.link.address, records):
+        while one.trainer.steps < 70:
+            one._turn()
+    load = Trainer.load
+
+    def poisoned(self, folder):
+        poison(self, at=60)
+        return load(self, folder)
+
+    monkeypatch.setattr(Trainer, "load", poisoned)
+    with pytest.raises(Diverged, match="the training diverged"):
+        with learner("learner.steps=80", resume=True):
+            pass
+
+
+def test_a_snapshot_that_the_disk_does_not_take_is_tried_again():
+    with learner() as (one, said):
+        save, tries = one.trainer.save, []
+
+        def full(folder):
+            tries.append(folder)
+            if len(tries) < 3:
+                raise SnapshotError("run/snapshots: snapshot not written: No space left on device")
+            return save(folder)
+
+        one.trainer.save = full
+        for _ in range(4):
+            one._saved = -np.inf
+            one._turn()
+    assert len(tries) == 4
+    assert said.getvalue().count("No space left on device") == 2
+    assert list(Path("run/snapshots").glob("0*"))
+
+
+def test_weights_that_an_actor_refuses_are_told_once():
+    with learner() as (one, said), actor(one.link.address) as (link, _):
+        assert link.weights(WAIT_S)
+        stream = next(iter(one.link.status().values()))
+        link._inbox.refused = "weights 9: \x1b[2Jnot finite"
+        assert one.link._pump.wait(lambda: stream.report.get("refused"), WAIT_S)
+        for _ in range(3):
+            one._turn()
+    assert said.getvalue().count("refuses newer ones: 'weights 9: \\x1b[2Jnot finite'") == 1
