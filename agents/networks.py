@@ -71,7 +71,7 @@ class Critics(nn.Module):
 
     Each layer Dense -> norm -> ReLU; `norm` is "layer" (RLPD), "batch" (also of the input: CrossQ) or "none".
     All members at once as batched products: parameters (members, in, out), so a subset of members is an index
-    into the parameters. `dropout` is before the norm (DroQ), its masks drawn from the "dropout" key.
+    into the parameters. With `dropout` (before the norm: DroQ) layer i takes its mask from fold_in(key, i).
     """
 
     members: int
@@ -81,15 +81,17 @@ class Critics(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, obs: jax.Array, action: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, obs: jax.Array, action: jax.Array, train: bool = False, key: jax.Array | None = None
+    ) -> jax.Array:
         x = jnp.concatenate([obs, action], axis=-1)
         x = jnp.broadcast_to(x, (self.members, *x.shape))  # (members, batch, in)
         if self.norm == "batch":
             x = BatchNorm(self.members, name="input")(x, train)
         for i, width in enumerate(self.hidden):
             x = self._dense(f"dense{i}", x, width)
-            if self.dropout:
-                x = x * dropout_mask(self.make_rng("dropout"), x.shape, self.dropout)
+            if self.dropout and key is not None:
+                x = x * dropout_mask(jax.random.fold_in(key, i), x.shape, self.dropout)
             if self.norm == "layer":
                 x = self._layer_norm(f"norm{i}", x)
             elif self.norm == "batch":

@@ -124,11 +124,13 @@ class Critic(NamedTuple):
     fit: (cfg, critic, target, batch, next_action (b, a), bonus (b,), key) -> loss, values, gradients and new
         statistics; `bonus` is what entropy adds to the next state's value
     value: (cfg, critic, obs, action, key) -> (b,), what the actor climbs
+    at_once: (cfg) -> what makes all updates of a call in place of `fit_all`, or None
     """
 
     make: Callable[..., Variables]
     fit: Callable[..., tuple[jax.Array, jax.Array, Any, Any]]
     value: Callable[..., jax.Array]
+    at_once: Callable[..., Any] = lambda cfg: None
     has_target: bool = True
     unit_kernels: bool = False
     batch_norm: bool = False  # of the actor, too
@@ -201,10 +203,22 @@ def _critics(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple
     )
     bonus = -temperature * log_prob if cfg.backup_entropy else jnp.zeros_like(log_prob)
 
+    keys = jax.random.split(fit_key, log_prob.shape[0])
+    fit = critic.at_once(cfg) or partial(fit_all, critic)
+    online, target, opt, losses, values = fit(cfg, state, batches, next_action, bonus, keys)
+    done = state.updates + log_prob.shape[0]
+    state = state._replace(critic=online, target=target, critic_opt=opt, updates=done, key=key)
+    return state, {"critic_loss": losses.mean(), "q_mean": values.mean()}
+
+
+def fit_all(
+    critic: Critic, cfg: Config, state: State, batches: Batch, next_action: jax.Array, bonus: jax.Array, keys: jax.Array
+) -> Any:
+    """One update per mini-batch: the new critic, target and optimiser; losses and mean values of the updates."""
+
     def step(carry: Any, inputs: Any) -> Any:
         online, target, opt = carry
-        batch, next_action, bonus, key = inputs
-        loss, value, grads, stats = critic.fit(cfg, online, target, batch, next_action, bonus, key)
+        loss, value, grads, stats = critic.fit(cfg, online, target, *inputs)
         params, opt = _descend(adam(cfg, cfg.critic_lr), grads, opt, online["params"])
         online = {"params": params} | stats
         if critic.unit_kernels:
@@ -213,12 +227,9 @@ def _critics(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple
             target = optax.incremental_update(online, target, cfg.tau)
         return (online, target, opt), (loss, value)
 
-    keys = jax.random.split(fit_key, log_prob.shape[0])
     carry = (state.critic, state.target, state.critic_opt)
-    (online, target, opt), (losses, values) = lax.scan(step, carry, (batches, next_action, bonus, keys))
-    done = state.updates + log_prob.shape[0]
-    state = state._replace(critic=online, target=target, critic_opt=opt, updates=done, key=key)
-    return state, {"critic_loss": losses.mean(), "q_mean": values.mean()}
+    carry, (losses, values) = lax.scan(step, carry, (batches, next_action, bonus, keys))
+    return *carry, losses, values
 
 
 def _actor(critic: Critic, cfg: Config, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:

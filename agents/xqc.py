@@ -1,4 +1,15 @@
-"""XQC (Palenicek et al. 2025): a categorical critic, batch norm, kernels of fixed length. Few updates a step."""
+"""XQC (Palenicek et al. 2025): critics whose loss is well conditioned, so that few updates a step suffice.
+
+    critics: batch norm, hidden kernels of fixed length, the value a distribution over `atoms` in [-reach, reach],
+        in units of the return scale that comes with the batch
+    one pass for (s, a) and (s', a') together, normalised by the statistics of both, through target and critics
+    goal = that target's distribution whose mean is least, moved to reward / scale + discount * (atom - temperature
+        * log pi(a'|s')) and projected onto the atoms (C51, Bellemare et al. 2017)
+    L_Q  = mean over critics and batch of the cross-entropy with the goal;      Q' <- (1 - tau) Q' + tau Q
+    the actor (batch norm, kernels of fixed length, too) climbs the least mean, normalised by running statistics
+
+What is common to the soft actor-critics is in `sac`.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +22,32 @@ import optax
 
 from . import sac
 from .networks import Critics
-from .sac import Batch, Variables
+from .sac import Batch, State, Variables
+
+__all__ = ["Config", "State", "act", "frozen", "init", "policy_params", "policy_spec", "update"]
 
 
 @dataclass(frozen=True)
 class Config(sac.Config):
+    """As published, but for the size of the critics: 2 x 256, not 4 x 512."""
+
     ensemble: int = 2
-    hidden: tuple[int, ...] = (256, 256)
-    adam_b1: float = 0.9
     init_temperature: float = 0.01
     utd: int = 2
-    actor_every: int | None = None
     atoms: int = 101
-    reach: float = 5.0  # the atoms lie in [-reach, reach], in units of the scaled return
-    joint: bool = True
-    pessimistic: bool = True
+    reach: float = 5.0  # scaled returns lie within 0.8 of it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sac.check(self, {"atoms": (self.atoms >= 2, "must be at least 2"), "reach": (self.reach > 0, "must be above 0")})
 
 
 def _module(cfg: Config) -> Critics:
     return Critics(cfg.ensemble, cfg.hidden, "batch", cfg.atoms)
+
+
+def _support(cfg: Config) -> jax.Array:
+    return jnp.linspace(-cfg.reach, cfg.reach, cfg.atoms)
 
 
 def _make(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> Variables:
@@ -37,47 +55,39 @@ def _make(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> Varia
 
 
 def project(cfg: Config, probabilities: jax.Array, places: jax.Array) -> jax.Array:
-    """(b, atoms) probabilities of (b, atoms) places onto the atoms: each to its two neighbours (C51)."""
-    support = jnp.linspace(-cfg.reach, cfg.reach, cfg.atoms)
-    width = 2 * cfg.reach / (cfg.atoms - 1)
+    """(b, atoms) probabilities at (b, atoms) places -> (b, atoms) on the atoms: each shared by its two neighbours."""
+    spacing = 2 * cfg.reach / (cfg.atoms - 1)
     places = jnp.clip(places, -cfg.reach, cfg.reach)
-    share = jnp.clip(1.0 - jnp.abs(places[:, :, None] - support) / width, 0.0, 1.0)  # (b, from, to)
+    share = jnp.clip(1.0 - jnp.abs(places[:, :, None] - _support(cfg)) / spacing, 0.0, 1.0)  # (b, from, to)
     return jnp.einsum("bf,bft->bt", probabilities, share)
 
 
 def _fit(
-    cfg: Config, critic: Variables, target: Variables, batch: Batch, next_action: jax.Array, bonus: jax.Array, key: Any
-) -> Any:
-    module, rows = _module(cfg), bonus.shape[0]
-    support = jnp.linspace(-cfg.reach, cfg.reach, cfg.atoms)
-    scale = batch["scale"]
+    cfg: Config, critic: Variables, target: Variables, batch: Batch, next_action: jax.Array, bonus: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array, Any, Any]:  # fmt: skip
+    rows, support, module = bonus.shape[0], _support(cfg), _module(cfg)
     obs = jnp.concatenate([batch["obs"], batch["next_obs"]])
     action = jnp.concatenate([batch["action"], next_action])
-    if cfg.joint:
-        logits, _ = module.apply(target, obs, action, True, mutable=["stats"])
-        logits = logits[:, rows:]
-    else:
-        logits = module.apply(target, batch["next_obs"], next_action)
-    probabilities = jax.nn.softmax(logits)
-    worst = (probabilities @ support).argmin(0)
-    chosen = jnp.take_along_axis(probabilities, worst[None, :, None], 0)[0]
-    places = batch["reward"][:, None] / scale + batch["discount"][:, None] * (support + bonus[:, None])
+    logits, _ = module.apply(target, obs, action, True, mutable=["stats"])
+    following = jax.nn.softmax(logits[:, rows:])
+    least = (following @ support).argmin(0)
+    chosen = jnp.take_along_axis(following, least[None, :, None], 0)[0]
+    places = (batch["reward"] / batch["return_scale"])[:, None] + batch["discount"][:, None] * (support + bonus[:, None])
     goal = project(cfg, chosen, places)
-    stats = {k: v for k, v in critic.items() if k != "params"}
 
-    def loss_of(params: Any) -> Any:
-        logits, new = module.apply({"params": params} | stats, obs, action, True, mutable=["stats"])
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        logits, stats = module.apply(critic | {"params": params}, obs, action, True, mutable=["stats"])
         logits = logits[:, :rows]
-        loss = optax.softmax_cross_entropy(logits, goal[None]).mean()
-        return loss, (new, (jax.nn.softmax(logits) @ support).mean())
+        values = jax.nn.softmax(logits) @ support
+        return optax.softmax_cross_entropy(logits, goal[None]).mean(), (values.mean(), stats)
 
-    (loss, (new, value)), grads = jax.value_and_grad(loss_of, has_aux=True)(critic["params"])
-    return loss, value, grads, new
+    (loss, (value, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(critic["params"])
+    return loss, value * batch["return_scale"].mean(), grads, stats
 
 
 def _value(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, key: jax.Array) -> jax.Array:
-    values = jax.nn.softmax(_module(cfg).apply(critic, obs, action)) @ jnp.linspace(-cfg.reach, cfg.reach, cfg.atoms)
-    return values.min(0) if cfg.pessimistic else values.mean(0)
+    return (jax.nn.softmax(_module(cfg).apply(critic, obs, action)) @ _support(cfg)).min(0)
 
 
 init, act, update, frozen, policy_params, policy_spec = sac.agent(
