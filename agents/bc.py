@@ -56,7 +56,7 @@ class State(NamedTuple):
 @partial(jax.jit, static_argnames=("cfg", "obs_size", "action_size"))
 def init(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> State:
     """A fresh actor for (obs_size,) observations and (action_size,) actions."""
-    actor = Actor(cfg.hidden, action_size).init(key, jnp.zeros((1, obs_size)))
+    actor = _module(cfg, action_size).init(key, jnp.zeros((1, obs_size)))
     return State(actor, jax.tree.map(jnp.copy, actor), optax.adam(cfg.actor_lr).init(actor["params"]))
 
 
@@ -65,7 +65,8 @@ def act(
     cfg: Config, actor: Variables, obs: jax.Array, prev_action: jax.Array, key: jax.Array | None = None
 ) -> jax.Array:
     """Action in [-1, 1] for (..., obs) and the executed previous action: the mean, or a sample with a key."""
-    return sac.squashed(cfg, *_apply(cfg, actor, obs, prev_action), prev_action, key)[0]
+    mean, log_std = _module(cfg, prev_action.shape[-1]).apply(actor, obs)
+    return sac.squashed(cfg, mean, log_std, prev_action, key)[0]
 
 
 @partial(jax.jit, static_argnames="cfg", donate_argnames="state")
@@ -85,13 +86,13 @@ def update(cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, 
     return State({"params": params}, {"params": average}, opt), {"actor_loss": errors.mean()}
 
 
-def _apply(cfg: Config, actor: Variables, obs: jax.Array, action: jax.Array) -> Any:
-    return Actor(cfg.hidden, action.shape[-1]).apply(actor, obs)
+def _module(cfg: Config, action_size: int) -> Any:
+    return Actor(cfg.hidden, action_size)
 
 
 def _loss(cfg: Config, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     previous, action = batch["prev_action"], batch["action"]
-    mean, log_std = _apply(cfg, {"params": params}, batch["obs"], action)
+    mean, log_std = _module(cfg, action.shape[-1]).apply({"params": params}, batch["obs"])
     error = jnp.square(sac.squashed(cfg, mean, log_std, previous, None)[0] - action).mean()
     low, high = (-1.0, 1.0) if cfg.max_delta is None else window(previous, cfg.max_delta)
     inner = jnp.clip(2.0 * (action - low) / (high - low) - 1.0, -EDGE, EDGE)

@@ -39,7 +39,7 @@ class Config(sac.Config):
     actor_every: int | None = 3
 
 
-def _module(cfg: Config) -> Critics:
+def _module(cfg: Config) -> Any:
     return Critics(cfg.ensemble, cfg.hidden, "batch")
 
 

@@ -55,7 +55,8 @@ def load() -> None:
     if not library.exists():
         compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
         if compiler is None:
-            raise NativeError(f"agent.native needs a C++ compiler ({', '.join(COMPILERS)}); install one or leave it out")
+            choices = " or ".join(COMPILERS)
+            raise NativeError(f"agent.native needs a C++ compiler, {choices}; install one, or leave it out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as beside:
@@ -83,32 +84,24 @@ def critics(
     `online`, `target`: parameters; `opt`: of optax.adam; `members` (utd, subset) of the target's minimum;
     `words` (utd, 2, layers, 2) uint32: keys of the dropout masks of target and online pass.
     """
-    names = [f"dense{i}_{leaf}" for i in range(len(cfg.hidden)) for leaf in ("kernel", "bias")]
-    if cfg.layer_norm:
-        names = [
-            f"{block}{i}_{leaf}"
-            for i in range(len(cfg.hidden))
-            for block, leaf in (("dense", "kernel"), ("dense", "bias"), ("norm", "scale"), ("norm", "bias"))
-        ]
+    blocks = [("dense", ("kernel", "bias"))] + [("norm", ("scale", "bias"))] * cfg.layer_norm
+    names = [f"{b}{i}_{leaf}" for i in range(len(cfg.hidden)) for b, leaves in blocks for leaf in leaves]
     names += ["value_kernel", "value_bias"]
-    trees = (online, target, opt[0].mu, opt[0].nu)
-    leaves = [tree[name] for tree in trees for name in names]
+    leaves = [tree[name] for tree in (online, target, opt[0].mu, opt[0].nu) for name in names]
     rows = (
-        jnp.concatenate([batches["obs"], batches["action"]], -1), jnp.concatenate([batches["next_obs"], next_action], -1),
+        jnp.concatenate([batches["obs"], batches["action"]], -1),
+        jnp.concatenate([batches["next_obs"], next_action], -1),
         batches["reward"], batches["discount"], bonus, members.astype(jnp.int32), words, opt[0].count,
     )  # fmt: skip
     utd = bonus.shape[0]
     shapes = [jax.ShapeDtypeStruct((utd,), jnp.float32)] * 2 + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     call = jax.ffi.ffi_call(TARGET, shapes, input_output_aliases={len(rows) + i: 2 + i for i in range(len(leaves))})
-    losses, values, *made = call(
-        *rows, *leaves, norm=cfg.layer_norm, dropout=np.float32(cfg.dropout), lr=np.float32(cfg.critic_lr), b1=np.float32(cfg.adam_b1),
-        b2=np.float32(0.999), eps=np.float32(1e-8), tau=np.float32(cfg.tau), epsilon=np.float32(LAYER_EPSILON),
-    )  # fmt: skip
-    params, average, mu, nu = (
-        dict(zip(names, made[i * len(names) : (i + 1) * len(names)], strict=True)) for i in range(4)
-    )
+    numbers = {
+        "dropout": cfg.dropout, "lr": cfg.critic_lr, "b1": cfg.adam_b1, "b2": 0.999, "eps": 1e-8, "tau": cfg.tau,
+        "epsilon": LAYER_EPSILON,
+    }  # fmt: skip
+    losses, values, *made = call(*rows, *leaves, norm=cfg.layer_norm, **{k: np.float32(v) for k, v in numbers.items()})
+    n = len(names)
+    params, average, mu, nu = (dict(zip(names, made[i : i + n], strict=True)) for i in range(0, 4 * n, n))
     first = opt[0]._replace(count=opt[0].count + utd, mu=mu, nu=nu)
     return params, average, (first, *opt[1:]), losses, values
-
-
-

@@ -43,7 +43,7 @@ class Config(sac.Config):
             native.load()
 
 
-def _module(cfg: Config, members: int) -> Critics:
+def _module(cfg: Config, members: int) -> Any:
     return Critics(members, cfg.hidden, "layer" if cfg.layer_norm else "none", dropout=cfg.dropout)
 
 
@@ -54,7 +54,7 @@ def _make(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> Varia
 def _q(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, key: jax.Array) -> jax.Array:
     """(members, batch) values; as many members as the parameters have."""
     members = critic["params"]["value_bias"].shape[0]
-    return _module(cfg, members).apply(critic, obs, action, key=key)[..., 0]  # type: ignore[index]
+    return _module(cfg, members).apply(critic, obs, action, key=key)[..., 0]
 
 
 def _draw(cfg: Config, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -84,7 +84,9 @@ def _fit(
     return loss, q, grads, {}
 
 
-def _fit_all(cfg: Config, state: State, batches: Batch, next_action: jax.Array, bonus: jax.Array, keys: jax.Array) -> Any:
+def _fit_all(
+    cfg: Config, state: State, batches: Batch, next_action: jax.Array, bonus: jax.Array, keys: jax.Array
+) -> Any:
     """All of `_fit` in native code: as `sac.fit_all`."""
     members, *rest = jax.vmap(partial(_draw, cfg))(keys)
     layers = jnp.arange(len(cfg.hidden))

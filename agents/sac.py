@@ -140,7 +140,7 @@ def adam(cfg: Config, lr: float) -> optax.GradientTransformation:
     return optax.adam(lr, b1=cfg.adam_b1)
 
 
-def actor_module(cfg: Config, critic: Critic, action_size: int) -> Actor:
+def actor_module(cfg: Config, critic: Critic, action_size: int) -> Any:
     return Actor(cfg.actor_hidden or cfg.hidden, action_size, critic.batch_norm)
 
 
@@ -338,8 +338,9 @@ def policy_params(cfg: Config, state: State) -> dict[str, np.ndarray]:
     # a copy: update donates the original
     out = {name: np.array(value, np.float32) for name, value in flatten_dict(state.actor["params"], sep="/").items()}
     for norm, stats in state.actor.get("stats", {}).items():
-        gain = out.pop(f"{norm}/scale") / np.sqrt(np.asarray(stats["var"]) + BATCH_EPSILON)
-        offset = out.pop(f"{norm}/bias") - np.asarray(stats["mean"]) * gain
+        mean, var = np.asarray(stats["mean"], np.float32), np.asarray(stats["var"], np.float32)
+        gain = out.pop(f"{norm}/scale") / np.sqrt(var + np.float32(BATCH_EPSILON))
+        offset = out.pop(f"{norm}/bias") - mean * gain
         if norm == "input":  # before the first layer
             out["dense0/bias"] += offset @ out["dense0/kernel"]
             out["dense0/kernel"] *= gain[:, None]

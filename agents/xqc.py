@@ -39,10 +39,11 @@ class Config(sac.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sac.check(self, {"atoms": (self.atoms >= 2, "must be at least 2"), "reach": (self.reach > 0, "must be above 0")})
+        atoms, reach = (self.atoms >= 2, "must be at least 2"), (self.reach > 0, "must be above 0")
+        sac.check(self, {"atoms": atoms, "reach": reach})
 
 
-def _module(cfg: Config) -> Critics:
+def _module(cfg: Config) -> Any:
     return Critics(cfg.ensemble, cfg.hidden, "batch", cfg.atoms)
 
 
@@ -73,7 +74,8 @@ def _fit(
     following = jax.nn.softmax(logits[:, rows:])
     least = (following @ support).argmin(0)
     chosen = jnp.take_along_axis(following, least[None, :, None], 0)[0]
-    places = (batch["reward"] / batch["return_scale"])[:, None] + batch["discount"][:, None] * (support + bonus[:, None])
+    reward = batch["reward"] / batch["return_scale"]
+    places = reward[:, None] + batch["discount"][:, None] * (support + bonus[:, None])
     goal = project(cfg, chosen, places)
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
