@@ -57,10 +57,11 @@ def _make(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> Varia
 
 def project(cfg: Config, probabilities: jax.Array, places: jax.Array) -> jax.Array:
     """(b, atoms) probabilities at (b, atoms) places -> (b, atoms) on the atoms: each shared by its two neighbours."""
-    spacing = 2 * cfg.reach / (cfg.atoms - 1)
-    places = jnp.clip(places, -cfg.reach, cfg.reach)
-    share = jnp.clip(1.0 - jnp.abs(places[:, :, None] - _support(cfg)) / spacing, 0.0, 1.0)  # (b, from, to)
-    return jnp.einsum("bf,bft->bt", probabilities, share)
+    spots = (jnp.clip(places, -cfg.reach, cfg.reach) + cfg.reach) * (cfg.atoms - 1) / (2 * cfg.reach)
+    below = jnp.clip(jnp.floor(spots), 0, cfg.atoms - 2)
+    above = probabilities * (spots - below)  # what goes to the upper neighbour
+    rows, columns = jnp.arange(places.shape[0])[:, None], below.astype(jnp.int32)
+    return jnp.zeros_like(places).at[rows, columns].add(probabilities - above).at[rows, columns + 1].add(above)
 
 
 def _fit(
