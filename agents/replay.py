@@ -12,6 +12,11 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
+# What sampling follows from step to step lies together, so that it is one cache miss. `next`: slot of the successor,
+# -1 while there is none; `mask`: 0 at a true terminal; `train`: to be learned from.
+_LINK = np.dtype(
+    [("next", np.int32), ("reward", np.float32), ("mask", np.float32), ("train", bool), ("takeover", bool)], align=True
+)
 _TRIES = 32  # at a later step of the same segment; then the next one is taken
 
 
@@ -37,12 +42,9 @@ class Replay:
         ends = np.cumsum([0, obs_size, action_size, action_size]).tolist()
         names = ("obs", "prev_action", "action")
         self._columns = {name: slice(*ends[i : i + 2]) for i, name in enumerate(names)}
-        self._rows = np.zeros((capacity, ends[-1]), np.float32)  # one step in one place: one cache miss, not three
-        self._reward = np.zeros(capacity, np.float32)
-        self._mask = np.zeros(capacity, np.float32)  # 0 at a true terminal
-        self._train = np.zeros(capacity, bool)  # to be learned from
-        self._takeover = np.zeros(capacity, bool)
-        self._next = np.full(capacity, -1, np.int32)  # slot of the successor; -1 while there is none
+        self._rows = np.zeros((capacity, ends[-1]), np.float32)  # of one step in one place, as the links
+        self._links = np.zeros(capacity, _LINK)
+        self._next = self._links["next"]
         self._segment = np.zeros(capacity, np.int32)
         self._newest = array("q")  # step of each segment
         self._drawable, self._taken_over = _Pool(capacity), _Pool(capacity)
@@ -74,13 +76,11 @@ class Replay:
         if self._frames:
             self._frames.check(step.images)
         number, slot = self._added, self._added % self.capacity
-        self._forget(slot)
+        if number >= self.capacity:
+            self._forget(slot)
         self._rows[slot] = self._row
-        self._reward[slot] = 0.0 if closes else step.reward
-        self._mask[slot] = not step.terminated
-        self._train[slot] = step.train
-        self._takeover[slot] = getattr(step, "takeover", False)
-        self._next[slot] = -1
+        reward, takeover = 0.0 if closes else step.reward, getattr(step, "takeover", False)
+        self._links[slot] = -1, reward, not step.terminated, step.train, takeover
         before, ended = self._tails.pop(stream, (-self.capacity, False))
         # an idle stream may have lost its newest step to the others
         follows = number - before < self.capacity and (closes or not ended)
@@ -110,16 +110,20 @@ class Replay:
         """As `sample`, and "future_obs": the observation of a uniformly drawn later step of the segment."""
         return self._sample(rng, n, future=True)
 
-    def blank(self, n: int, future: bool = False) -> Batch:
-        """n rows of zeros, as `sample` and `sample_future` make them."""
+    def blank(self, n: int) -> Batch:
+        """n rows of zeros, as `sample` makes them."""
+        return {name: np.zeros_like(values) for name, values in self._empty(n).items()}
+
+    def _empty(self, n: int, future: bool = False) -> Batch:
+        """Room for n rows."""
         obs, action = (len(self._parts[name]) for name in ("obs", "action"))
         widths = {"obs": obs, "action": action, "prev_action": action, "next_obs": obs, "next_prev_action": action}
-        out: Batch = {name: np.zeros((n, width), np.float32) for name, width in widths.items()}
-        out |= {name: np.zeros(n, np.float32) for name in ("reward", "discount")}
+        out: Batch = {name: np.empty((n, width), np.float32) for name, width in widths.items()}
+        out |= {name: np.empty(n, np.float32) for name in ("reward", "discount")}
         if future:
-            out["future_obs"] = np.zeros((n, obs), np.float32)
+            out["future_obs"] = np.empty((n, obs), np.float32)
         for name, shape in self._frames.shapes.items() if self._frames else ():
-            out |= {f"{key}/{name}": np.zeros((n, *shape), np.uint8) for key in ("obs", "next_obs")}
+            out |= {f"{key}/{name}": np.empty((n, *shape), np.uint8) for key in ("obs", "next_obs")}
         return out
 
     def _pack(self, stream: Hashable, step: Any) -> None:
@@ -127,9 +131,11 @@ class Replay:
         for name, part in self._parts.items():
             value = getattr(step, name)
             if value is None and name == "action":
-                value = np.zeros_like(part)
-            if np.shape(value) != part.shape:
-                raise ReplayError(f"{name} has shape {np.shape(value)}, this buffer takes {part.shape}")
+                part[:] = 0.0
+                continue
+            value = np.asarray(value, np.float32)
+            if value.shape != part.shape:
+                raise ReplayError(f"{name} has shape {value.shape}, this buffer takes {part.shape}")
             part[:] = value
         if not np.isfinite(self._row).all():
             name = next(name for name, part in self._parts.items() if not np.isfinite(part).all())
@@ -142,32 +148,34 @@ class Replay:
     def _link(self, before: int, slot: int) -> None:
         """Let `slot` follow `before`, which can be drawn from now on if it is to be trained on."""
         self._next[before], self._segment[slot] = slot, self._segment[before]
-        if self._train[before]:
+        link = self._links[before]
+        if link["train"]:
             self._drawable.add(before)
-            if self._takeover[before]:
+            if link["takeover"]:
                 self._taken_over.add(before)
 
     def _forget(self, slot: int) -> None:
-        """What lies in a slot can no longer be drawn, nor be part of a stack."""
+        """The step in a slot can no longer be drawn, nor be part of a stack."""
         self._drawable.discard(slot)
         self._taken_over.discard(slot)
         if self._frames and self._next[slot] >= 0:
             self._frames.begin(self._next[slot])
 
     def _sample(self, rng: np.random.Generator, n: int, future: bool) -> Batch:
-        out = self.blank(n, future)
+        out = self._empty(n, future)
         self._fill(out, self._drawable.draw(rng, n), rng)
         return out
 
     def _fill(self, out: Batch, slots: np.ndarray, rng: np.random.Generator) -> None:
         """Write the steps in `slots` into the arrays of `out`, whose leading shape is that of `slots`."""
-        reward, discount = self._reward[slots], self.gamma * self._mask[slots]
-        last = self._next[slots]  # where to bootstrap
+        link = self._links.take(slots)
+        reward, discount, last = link["reward"], self.gamma * link["mask"], link["next"]  # last: where to bootstrap
         for _ in range(1, self.n_step):
-            on = self._train[last] & (self._next[last] >= 0)
-            reward += np.where(on, discount * self._reward[last], 0)
-            discount *= np.where(on, self.gamma * self._mask[last], 1)
-            last = np.where(on, self._next[last], last)
+            link = self._links.take(last)
+            on = link["train"] & (link["next"] >= 0)
+            reward += np.where(on, discount * link["reward"], 0)
+            discount *= np.where(on, self.gamma * link["mask"], 1)
+            last = np.where(on, link["next"], last)
         out["reward"][...], out["discount"][...] = reward, discount
         for prefix, which, names in (
             ("", slots, ("obs", "prev_action", "action")), ("next_", last, ("obs", "prev_action"))
@@ -277,7 +285,7 @@ def by_strata(
     taken = 0
     if rows and online.takeovers:  # as many in each mini-batch; on average their share of the stratum, exactly
         taken = min(int(rows * online.takeovers / (online.takeovers + len(prior)) + rng.random()), rows)
-    out, at = online.blank(utd * size, future), 0
+    out, at = online._empty(utd * size, future), 0
     batches = minibatches(out, utd, size)
     for replay, pool, count in (
         (online, online._drawable, size - rows),
