@@ -184,8 +184,7 @@ class Replay:
             for name in names:
                 out[prefix + name][...] = rows[..., self._columns[name]]
             if self._frames:
-                for name, stacks in self._frames.stacks(which):
-                    out[f"{prefix}obs/{name}"][...] = stacks
+                self._frames.fill(out, f"{prefix}obs/", which)
         if "future_obs" in out:
             future = self._future(slots.ravel(), rng).reshape(slots.shape)
             out["future_obs"][...] = self._rows.take(future, axis=0)[..., self._columns["obs"]]
@@ -233,13 +232,15 @@ class FrameRing:
         """What lay before this slot is gone: its segment begins here."""
         self._before[slot] = slot
 
-    def stacks(self, slots: np.ndarray) -> list[tuple[str, np.ndarray]]:
-        """Name and (..., stack, height, width, channels) of each image; the first frame of a segment is repeated."""
+    def fill(self, out: Batch, prefix: str, slots: np.ndarray) -> None:
+        """Write the stacks that end in `slots` into the arrays PREFIX + name: (..., stack, height, width, channels).
+        The first frame of a segment is repeated."""
         chain = [slots]
         for _ in range(1, self._stack):
             chain.append(self._before[chain[-1]])
         index = np.stack(chain[::-1], axis=-1)
-        return [(name, frames.take(index, axis=0)) for name, frames in self._frames.items()]
+        for name, frames in self._frames.items():
+            frames.take(index, axis=0, out=out[prefix + name], mode="clip")  # "raise" would copy once more
 
 
 class _Pool:

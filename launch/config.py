@@ -54,7 +54,7 @@ class Learner:
     snapshot_every_s: float = 60.0
     replay_capacity: int = 1_000_000
     log_every: int = 200  # steps between two lines of learn/ metrics
-    prior_share: float = 0.5  # of each mini-batch, where there is prior data
+    prior_share: float = 0.5  # of each mini-batch, where there is prior data; takeovers count as such too
     prior_share_end: float = 0.0  # reached after prior_anneal updates, linearly
     prior_anneal: int = 0  # updates; 0: prior_share stays as it is
 
