@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ..agents import snapshot
-from ..agents.replay import Batch, Replay, minibatches, symmetric
+from ..agents.replay import Batch, Replay, by_strata, minibatches
 from ..robot_env.record import Record
 from ..robot_env.sample import Fold, samples
 from ..robot_env.task import Task
@@ -74,13 +74,9 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile the update before anything moves. The state stays as it is."""
-        rows = self.agent.utd * self.agent.batch
-        n, m = self.task.observation_size, len(self.task.rest)
-        widths = {"obs": n, "action": m, "prev_action": m, "next_obs": n, "next_prev_action": m}
-        batch = {name: np.zeros((rows, width), np.float32) for name, width in widths.items()}
-        batch |= {name: np.zeros(rows, np.float32) for name in ("reward", "discount")}
         copy = jax.tree.map(lambda x: x.copy(), self.state)
-        batches = minibatches(batch, self.agent.utd, self.agent.batch)
+        blank = self.replay.blank(self.agent.utd * self.agent.batch)
+        batches = minibatches(blank, self.agent.utd, self.agent.batch)
         jax.block_until_ready(self._algorithm.update(self.agent, copy, batches))
 
     def metrics(self) -> dict[str, float]:
@@ -150,21 +146,21 @@ class Trainer:
 
     def _update(self) -> None:
         start = time.perf_counter()
-        rows = self.agent.utd * self.agent.batch
-        if len(self.prior):
-            batch = symmetric(self._sample(self.replay, rows // 2), self._sample(self.prior, rows // 2))
-        else:
-            batch = self._sample(self.replay, rows)
-        batches = minibatches(batch, self.agent.utd, self.agent.batch)
+        batches = minibatches(self._sample(), self.agent.utd, self.agent.batch)
         jax.block_until_ready(self._metrics)  # one update in flight, while the next batch is drawn
         self.state, self._metrics = self._algorithm.update(self.agent, self.state, batches)
         self.updates += self.agent.utd
         self.update_s += time.perf_counter() - start
 
-    def _sample(self, replay: Replay, rows: int) -> Batch:
-        share = self.task.spec.hindsight
-        if share == 0.0:
-            return replay.sample(self._rng, rows)
-        batch = replay.sample_future(self._rng, rows)
-        future = batch.pop("future_obs")
-        return self.task.in_hindsight(batch, future, self._rng)
+    def _sample(self) -> Batch:
+        """The rows of one step's updates, mini-batch after mini-batch."""
+        learner, hindsight = self.config.learner, self.task.spec.hindsight > 0.0
+        share = learner.prior_share
+        if learner.prior_anneal:
+            share += min(self.updates / learner.prior_anneal, 1.0) * (learner.prior_share_end - share)
+        sizes = self.agent.utd, self.agent.batch
+        batch = by_strata(self._rng, self.replay, self.prior, share, *sizes, future=hindsight)
+        if hindsight:
+            future = batch.pop("future_obs")
+            batch = self.task.in_hindsight(batch, future, self._rng)
+        return batch

@@ -12,7 +12,8 @@ from .record import Record
 from .safety import CLAMPS
 from .task import Task
 
-TRAINED_SOURCES = ("policy", "takeover", "teacher")
+TAKEOVER = "takeover"
+TRAINED_SOURCES = ("policy", TAKEOVER, "teacher")
 BOX_TOLERANCE = 1e-4  # an action this far outside [-1, 1] is rounding
 
 
@@ -28,6 +29,7 @@ class Sample:
     truncated: bool
     train: bool  # False where the gate held the robot, where the command left the action box, for resets (law 5)
     part: int = 0  # of its stream, rises where records are lost: samples of two parts are never paired
+    takeover: bool = False  # a person drove
 
 
 class Fold:
@@ -67,7 +69,8 @@ class Fold:
         judged = action is not None and not lost and not vetoed and record.source in TRAINED_SOURCES
         train = judged and bool((np.abs(self._action) <= 1.0 + BOX_TOLERANCE).all())
         ended = record.terminated, record.truncated
-        sample = Sample(obs, before, action, record.reward, *ended, train, self._part)
+        takeover = record.source == TAKEOVER
+        sample = Sample(obs, before, action, record.reward, *ended, train, self._part, takeover)
         if not self._relabel:
             return [sample]
         done, self._pending = self._pending, sample if action is not None else None
