@@ -50,6 +50,8 @@ class Replay:
         self._drawable, self._taken_over = _Pool(capacity), _Pool(capacity)
         self._added = 0  # steps ever added: number i lies in slot i % capacity
         self._tails: dict[Hashable, tuple[int, bool]] = {}  # newest step of each stream; did it end there?
+        self._returns: dict[Hashable, float] = {}  # of each stream since its episode began, discounted
+        self.return_max = 0.0  # the largest of these so far, by magnitude
         self._frames = FrameRing(capacity, images, stack) if images else None
         self._row = np.zeros(ends[-1], np.float32)  # the step that is being added
         self._parts = {name: self._row[columns] for name, columns in self._columns.items()}
@@ -94,6 +96,7 @@ class Replay:
             self._frames.put(slot, step.images, before % self.capacity if follows else slot)
         if not closes:
             self._tails[stream] = (number, step.terminated or step.truncated)
+        self._sum(stream, reward if step.train else 0.0, ends=not step.train or step.terminated or step.truncated)
         self._added += 1
 
     def sample(self, rng: np.random.Generator, n: int) -> Batch:
@@ -101,7 +104,8 @@ class Replay:
 
         obs, action, prev_action; reward: sum of the next n_step discounted rewards, fewer where the
         segment, or what is trained on, ends before; discount: gamma^k, 0 only after a true terminal;
-        next_obs and next_prev_action: k steps later, where the value is bootstrapped. With images
+        next_obs and next_prev_action: k steps later, where the value is bootstrapped; return_max: the same
+        in all rows. With images
         obs/NAME and next_obs/NAME: uint8 (n, stack, height, width, channels), the newest frame last.
         """
         return self._sample(rng, n, future=False)
@@ -120,6 +124,7 @@ class Replay:
         widths = {"obs": obs, "action": action, "prev_action": action, "next_obs": obs, "next_prev_action": action}
         out: Batch = {name: np.empty((n, width), np.float32) for name, width in widths.items()}
         out |= {name: np.empty(n, np.float32) for name in ("reward", "discount")}
+        out["return_max"] = np.full(n, self.return_max, np.float32)
         if future:
             out["future_obs"] = np.empty((n, obs), np.float32)
         for name, shape in self._frames.shapes.items() if self._frames else ():
@@ -144,6 +149,12 @@ class Replay:
             raise ReplayError(f"stream {stream}: reward {step.reward} is not finite")
         previous = self._parts["prev_action"]
         np.minimum(np.maximum(previous, -1.0, out=previous), 1.0, out=previous)  # np.clip takes five times as long
+
+    def _sum(self, stream: Hashable, reward: float, ends: bool) -> None:
+        """Follow the stream's discounted return; what is not trained on does not count."""
+        total = float(self.gamma) * self._returns.get(stream, 0.0) + reward
+        self._returns[stream] = 0.0 if ends else total
+        self.return_max = max(self.return_max, abs(total))
 
     def _link(self, before: int, slot: int) -> None:
         """Let `slot` follow `before`, which can be drawn from now on if it is to be trained on."""
@@ -287,6 +298,7 @@ def by_strata(
     if rows and online.takeovers:  # as many in each mini-batch; on average their share of the stratum, exactly
         taken = min(int(rows * online.takeovers / (online.takeovers + len(prior)) + rng.random()), rows)
     out, at = online._empty(utd * size, future), 0
+    out["return_max"][:] = max(online.return_max, prior.return_max)
     batches = minibatches(out, utd, size)
     for replay, pool, count in (
         (online, online._drawable, size - rows),

@@ -1,7 +1,7 @@
 """XQC (Palenicek et al. 2025): critics whose loss is well conditioned, so that few updates a step suffice.
 
     critics: batch norm, hidden kernels of fixed length, the value a distribution over `atoms` in [-reach, reach],
-        in units of the return scale that comes with the batch
+        in units of a scale such that the largest return so far (`return_max` of the batch) lies at 0.8 of it
     one pass for (s, a) and (s', a') together, normalised by the statistics of both, through target and critics
     goal = that target's distribution whose mean is least, moved to reward / scale + discount * (atom - temperature
         * log pi(a'|s')) and projected onto the atoms (C51, Bellemare et al. 2017)
@@ -26,6 +26,8 @@ from .sac import Batch, State, Variables
 
 __all__ = ["Config", "State", "act", "frozen", "init", "policy_params", "policy_spec", "update"]
 
+FILLED = 0.8  # of the reach, by the largest return: the rest is for entropy, and for what is still to come
+
 
 @dataclass(frozen=True)
 class Config(sac.Config):
@@ -35,7 +37,7 @@ class Config(sac.Config):
     init_temperature: float = 0.01
     utd: int = 2
     atoms: int = 101
-    reach: float = 5.0  # scaled returns lie within 0.8 of it
+    reach: float = 5.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +77,8 @@ def _fit(
     following = jax.nn.softmax(logits[:, rows:])
     least = (following @ support).argmin(0)
     chosen = jnp.take_along_axis(following, least[None, :, None], 0)[0]
-    reward = batch["reward"] / batch["return_scale"]
+    scale = jnp.maximum(batch["return_max"], 1e-6) / (FILLED * cfg.reach)
+    reward = batch["reward"] / scale
     places = reward[:, None] + batch["discount"][:, None] * (support + bonus[:, None])
     goal = project(cfg, chosen, places)
 
@@ -86,7 +89,7 @@ def _fit(
         return optax.softmax_cross_entropy(logits, goal[None]).mean(), (values.mean(), stats)
 
     (loss, (value, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(critic["params"])
-    return loss, value * batch["return_scale"].mean(), grads, stats
+    return loss, value * scale.mean(), grads, stats
 
 
 def _value(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, key: jax.Array) -> jax.Array:
