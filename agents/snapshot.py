@@ -75,6 +75,8 @@ def save(
         for old in _all(folder)[keep:]:
             shutil.rmtree(old)
     except (OSError, TypeError, ValueError) as error:
+        for left in folder.glob(f"{_TEMPORARY}*"):  # the records need the room
+            shutil.rmtree(left, ignore_errors=True)
         raise SnapshotError(f"{folder}: snapshot not written: {error}; the ones before are intact") from error
     return path
 

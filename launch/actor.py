@@ -34,6 +34,7 @@ SPOOL = "~/.local/state/tether/spool"
 STATUS_EVERY_S = 0.5
 LEARNER_WAIT_S = 60.0  # a learner that is being started takes a while to answer
 ALONE_AFTER_S = 10.0  # the wait for it where there are weights to drive with
+SILENT_S = 5.0  # without a word from the learner until it is told
 PROBED = 16  # newest observations on which weights have to answer before they drive
 
 
@@ -106,6 +107,7 @@ class Pilot:
         self._change = np.nan  # of the actions by the newest weights
         link.prepare = self.prepare
         self.steps = 0
+        self._silent = False
         self._reported = 0, time.monotonic()  # steps and time at the last report
         env.on_record.append(self._send)
 
@@ -143,12 +145,23 @@ class Pilot:
         self._link.send(record.seq, encode(record))
         self.steps += record.action is not None
         self._report()
+        self._listen()
         if record.action is None and self._link.full:
             self._pause()
         while self._lockstep and not self._link.wait_run_until(self.steps + 1, timeout=0.5) and not self._stopped():
-            pass
+            self._listen()
         if record.source == "reset" and self._stopped():
             raise Leave
+
+    def _listen(self) -> None:
+        """Say when the learner has fallen silent, and when it is back."""
+        silent = self._link.silent_s > SILENT_S
+        if silent == self._silent:
+            return
+        self._silent = silent
+        goes_on = "the twin waits for it" if self._lockstep else "the actor drives on with the weights it has"
+        told = f"not a word from the learner for {SILENT_S:.0f} s; {goes_on}" if silent else "the learner is back"
+        print(f"actor: {told}", file=sys.stderr, flush=True)
 
     def _pause(self) -> None:
         """Stand still until the spool has room again: records are never dropped."""
@@ -216,6 +229,8 @@ def serve(
     `fail`: what breaks in the twin, and when. `parent`: process id of the `tether run` that it must not outlive.
     Raises WireError, DriverError or TaskError with one line when it cannot begin.
     """
+    if task is not None:
+        catalog.failures(catalog.load_spec(task), fail)  # before waiting for anybody
     link, parent_folder = ActorLink(address), Path(spool or SPOOL).expanduser()
 
     def cause() -> str:
@@ -228,8 +243,10 @@ def serve(
         with stoppable(cause) as stopped:
             spec = catalog.spec_of(str(orders["task"]), str(orders["name"]))
             if task is not None and catalog.load_spec(task).text != spec.text:
-                raise WireError(f"the learner at {address} trains {spec.name!r}, not {task!r}; leave the task out")
-            seed = int(orders["seed"]) if seed is None else seed
+                other = f"the learner at {address} trains {spec.name!r}, not {task!r} as it is here"
+                raise WireError(f"{other}; leave the task out")
+            # another number for every actor there was: the same noise again would teach nothing new
+            seed = int(orders["seed"]) + 1000 * int(orders.get("number", 0)) if seed is None else seed
             realtime |= alone is not None  # there is nobody to give run_until
             env = catalog.make_env(catalog.make_task(spec), real, seed, realtime, view, fail)
             if fail:
@@ -249,7 +266,9 @@ def serve(
             room = f"{parent_folder} has room for {hours(meta, parent_folder):.1f} h of records"
             print(f"actor: drives {spec.name} for the learner at {address}; {room}", file=sys.stderr)
             try:
-                while not pilot.refresh(0.5):  # nothing moves before the first weights
+                if not pilot.refresh(2.0):  # nothing moves before the first weights
+                    print("actor: waits for the first weights", file=sys.stderr, flush=True)
+                while not pilot.refresh(0.5):
                     if stopped():
                         raise Leave
                 practise(env, pilot.wish, seed)
@@ -262,4 +281,5 @@ def serve(
     finally:
         left = link.close()
         if left:
-            print(f"actor: {left} records were not delivered", file=sys.stderr)
+            where = f"wait in {parent_folder} for the next actor" if link.on_disk else "were not delivered"
+            print(f"actor: {left} records {where}", file=sys.stderr)

@@ -133,6 +133,8 @@ def failures(spec: TaskSpec, wanted: Sequence[str]) -> list[tuple[str, str, floa
             raise DriverError(f"--fail {text}: {spec.robot} has no {part!r}; what can fail is {', '.join(can)}")
         if kind not in can[part]:
             raise DriverError(f"--fail {text}: {part} cannot be {kind!r}, only {', '.join(can[part])}")
+        if lasts and float(lasts) == 0:
+            raise DriverError(f"--fail {text}: it would last 0 s")
         found.append((part, kind, float(start), float(lasts or math.inf)))
     return found
 

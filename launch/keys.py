@@ -61,6 +61,9 @@ def make(names: list[str]) -> list[str]:
             raise KeysError(f"{name!r}: an actor's name is made of a-z, 0-9 and -, at most 32, and is not {LEARNER!r}")
         if (folder() / "actors" / f"{name}.pub").exists():
             raise KeysError(f"{name} has keys already; delete {folder()}/actors/{name}.pub to make new ones")
+    if not names and not (folder() / "learner.key").exists() and (folder() / "actor.key").exists():  # a robot
+        mine = _read(folder() / "actor.key")
+        return [f"actor {mine.name} {mine.public}, of learner {mine.learner}  {folder()}"]
     if not (folder() / "learner.key").exists():
         _write(folder() / "learner.key", Keys(LEARNER, *_pair()))
     public = _read(folder() / "learner.key").public
@@ -70,7 +73,9 @@ def make(names: list[str]) -> list[str]:
         _write(folder() / "actors" / f"{name}.key", keys)
         (folder() / "actors" / f"{name}.pub").write_text(keys.public + "\n")
         file = folder() / "actors" / f"{name}.key"
-        lines.append(f"carry {file} to the robot as ~/.config/tether/keys/actor.key, then delete it here")
+        lines.append(f"bring robot {name} its keys, and delete them here:")
+        lines.append("    ssh ROBOT 'mkdir -p -m 700 .config/tether/keys'")
+        lines.append(f"    scp -p {file} ROBOT:.config/tether/keys/actor.key && rm {file}")
     return lines + [f"actor {name} {key}" for key, name in allowed(folder()).items()]
 
 
@@ -86,7 +91,10 @@ def needed(address: str, mine: str) -> Keys | None:
     if not (folder() / mine).exists():
         how = f"there is no {folder() / mine}; `tether keys NAME` on the learner's machine makes the keys of robot NAME"
         raise KeysError(f"{address} goes beyond this machine, which needs keys: {how}")
-    return _read(folder() / mine)
+    keys = _read(folder() / mine)
+    if bool(keys.learner) == (mine == "learner.key"):
+        raise KeysError(f"{folder() / mine} is the key of {keys.name!r}; `tether keys` says which file goes where")
+    return keys
 
 
 def admit(request: list[bytes], where: Path) -> list[bytes]:

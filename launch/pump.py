@@ -28,6 +28,14 @@ OPTIONS = {
 }
 
 
+def keys_for(address: str, mine: str) -> keys.Keys | None:
+    """The keys that an address needs, if any, of the file `mine`. Raises WireError or KeysError."""
+    match = re.fullmatch(r"tcp://[\w.*-]+:(?:\*|(\d{1,5}))", address)
+    if match is None or int(match[1] or 0) > 65535:
+        raise WireError(f"{address!r} is no address; write one as tcp://127.0.0.1:5555 or tcp://workstation:5555")
+    return keys.needed(address, mine)
+
+
 class Pump:
     """A socket and the one thread that touches it.
 
@@ -38,10 +46,7 @@ class Pump:
     """
 
     def __init__(self, kind: int, address: str) -> None:
-        match = re.fullmatch(r"tcp://[\w.*-]+:(?:\*|(\d{1,5}))", address)
-        if match is None or int(match[1] or 0) > 65535:
-            raise WireError(f"{address!r} is no address; write one as tcp://127.0.0.1:5555 or tcp://workstation:5555")
-        mine = keys.needed(address, "learner.key" if kind == zmq.ROUTER else "actor.key")
+        mine = keys_for(address, "learner.key" if kind == zmq.ROUTER else "actor.key")
         self.locked, self._keys = mine is not None, keys.folder()
         self._guarded = self.locked and kind == zmq.ROUTER
         self.peer = ""  # name of the actor whose message is being taken; without keys nobody knows

@@ -17,6 +17,7 @@ from .actor import stoppable
 from .config import RunError
 from .learner import Job, Learner
 from .log import Log
+from .pump import keys_for
 
 ACTOR_GRACE_S = 10.0
 ACTOR_ENDED = "the actor ended"
@@ -51,6 +52,7 @@ def job_of(options: Any) -> Job:
     if spec.hindsight and settings.agent.get("n_step", 1) > 1:
         raise config.ConfigError("task.hindsight needs agent.n_step = 1: goals drawn again reward one step")
     bind = options.bind or "tcp://127.0.0.1:*"
+    keys_for(bind, "learner.key")
     return Job(spec, settings, folder, seed, bind, tuple(prior), start, options.resume, options.tensorboard)
 
 

@@ -48,6 +48,11 @@ class Spool:
         return self.next_seq - self.first
 
     @property
+    def on_disk(self) -> bool:
+        """Whether what is left outlives this process."""
+        return self._writer is not None and not self.trouble
+
+    @property
     def full(self) -> bool:
         """Whether it is time to pause: it is nearly full, or what waits is not on the disk."""
         return bool(self.trouble and len(self)) or self._came - self._gone > PAUSE_AT * BUDGET

@@ -64,7 +64,8 @@ class LearnerLink:
 
     `journal(meta, first_seq, payloads)` stores records before they are acknowledged and returns how many it
     could; it runs in the network thread. `expected` maps stream -> next sequence number, to go on with streams of
-    an earlier life. `spec` is the description actors must agree with, `welcome` what they are told when they ask.
+    an earlier life. `spec` is the description actors must agree with, `welcome` what they are told when they ask,
+    with `number`: how many asked before.
     Every call raises WireError, also for an error of the thread.
     """
 
@@ -72,7 +73,8 @@ class LearnerLink:
         self, bind: str, spec: Meta, welcome: Mapping[str, Any],
         journal: Callable[[Meta, int, list[bytes]], int], expected: Mapping[str, int],
     ) -> None:
-        self._spec, self._welcome, self._journal = spec, msgpack.packb(welcome), journal
+        self._spec, self._welcome, self._journal = spec, welcome, journal
+        self._asked = len(expected)  # actors there were, and that asked what there is to do
         self._streams = {name: Stream(seq) for name, seq in expected.items()}
         self._queue: deque[tuple[str, Record]] = deque()
         self._weights = wire.NO_WEIGHTS
@@ -173,7 +175,9 @@ class LearnerLink:
             stream.meta, stream.route, stream.want, stream.told = meta, route, None, None
             stream.seen, stream.report = time.monotonic(), stream.report | {"state": "run"}
             self._streams[name] = stream
-        self._send(route, "WELCOME", self._welcome, stream=name)
+        welcome = {**self._welcome, "number": self._asked}
+        self._asked += name == NOBODY
+        self._send(route, "WELCOME", msgpack.packb(welcome), stream=name)
 
     def _on_message(self, stream: Stream, meta: Meta, message: Message) -> None:
         fields = message.fields
@@ -219,6 +223,7 @@ class ActorLink:
         self._answer = "", b""  # the WELCOME to it, on this connection
         self._beat_at = 0.0  # when HELLO or, once it was taken, STATUS is due
         self._unanswered_at = math.inf  # when we said the first thing that the learner has not answered
+        self._heard_at = time.monotonic()  # its last word
         self._stats: dict[str, float] = {}
         self._spool = Spool()
         self._sent = 0  # highest sequence number sent on this connection
@@ -282,6 +287,16 @@ class ActorLink:
         return len(self._spool)
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since the learner's last word; while it is there it has one twice a second."""
+        return time.monotonic() - self._heard_at
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether records that were not delivered are there for the next actor."""
+        return self._spool.on_disk
+
+    @property
     def full(self) -> bool:
         """Whether the spool asks for a pause."""
         return self._spool.full
@@ -331,7 +346,7 @@ class ActorLink:
 
     def _take(self, frames: list[bytes]) -> None:
         message = wire.decode(frames, "learner")
-        self._unanswered_at = math.inf
+        self._unanswered_at, self._heard_at = math.inf, time.monotonic()
         getattr(self, f"_on_{message.kind.lower()}")(message.body, **message.fields)
 
     def _on_welcome(self, body: bytes, stream: str) -> None:

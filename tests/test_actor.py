@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from tether.drivers.base import DriverError
 from tether.launch import kept as keeping
-from tether.launch.actor import probed
+from tether.launch.actor import probed, serve
 from tether.launch.kept import Kept
 from tether.launch.onboard import Policy
 from tether.launch.transport import ActorLink, LearnerLink
@@ -17,6 +18,7 @@ from tether.robot_env.record import Meta
 
 from tests.chaos import weights as campaign
 from tests.chaos.weights import ACT, OBS, Link, messages, pilot, sealed, spec, weights
+from tests.conftest import free_address
 
 ORDERS = {"task": "the task", "name": "t", "seed": 3, "policy": spec(), "random_steps": 9, "auto_reset": True}
 ZEROS = np.zeros(OBS, np.float32), np.zeros(ACT, np.float32)
@@ -102,6 +104,22 @@ def test_refused_weights_are_told_to_the_learner_and_the_old_ones_drive_on():
 
 
 # --- kept on the disk
+
+
+def test_a_learner_that_falls_silent_is_told_once_and_again_when_it_is_back(capsys):
+    link = Link()
+    actor = pilot(link)
+    silences = (4.9, ""), (5.1, "not a word from the learner for 5 s"), (60.0, ""), (0.1, "is back"), (0.1, "")
+    for silent, said in silences:
+        link.silent_s = silent
+        actor._listen()
+        told = capsys.readouterr().err
+        assert said in told and bool(said) == bool(told)
+
+
+def test_what_cannot_fail_is_said_before_any_learner_is_waited_for():
+    with pytest.raises(DriverError, match="no 'nose'"):
+        serve(free_address(), "car-loop", fail=["nose:off@5s"])
 
 
 def test_what_is_kept_comes_back_for_its_task_only(tmp_path):

@@ -112,6 +112,25 @@ def test_nobody_else_gets_a_message_in(homes, case, tmp_path):
         context.destroy(0)
 
 
+def test_a_robot_is_shown_its_key_and_makes_none(homes):
+    homes("car")
+    learner = keys._read(keys.folder() / "actor.key").learner
+    (line,) = keys.make([])
+    assert line.startswith("actor car ") and f"of learner {learner}" in line
+    assert [path.name for path in keys.folder().iterdir()] == ["actor.key"]
+
+
+def test_a_key_in_the_other_ones_place_is_refused(homes):
+    homes("car")
+    (keys.folder() / "actor.key").rename(keys.folder() / "learner.key")
+    with pytest.raises(KeysError, match=r"learner\.key is the key of 'car'"):
+        keys.needed("tcp://0.0.0.0:1", "learner.key")
+    homes("learner")
+    (keys.folder() / "learner.key").rename(keys.folder() / "actor.key")
+    with pytest.raises(KeysError, match=r"actor\.key is the key of 'learner'"):
+        keys.needed("tcp://0.0.0.0:1", "actor.key")
+
+
 def test_an_actor_refuses_another_learner(homes, tmp_path):
     homes("other")
     keys.make([])
@@ -148,7 +167,9 @@ def test_secrets_are_for_their_owner_alone(tmp_path, monkeypatch):
         lines = keys.make(["car"])
     finally:
         os.umask(old)
-    assert any("carry" in line for line in lines) and any(line.startswith("actor car ") for line in lines)
+    source, target = str(tmp_path / "keys/actors/car.key"), "ROBOT:.config/tether/keys/actor.key"
+    assert f"    scp -p {source} {target} && rm {source}" in lines
+    assert any(line.startswith("actor car ") for line in lines)
     secrets = [*Path(tmp_path).rglob("*.key")]
     assert len(secrets) == 2 and all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in secrets)
     learner = tmp_path / "keys" / "learner.key"
