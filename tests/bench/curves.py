@@ -11,7 +11,7 @@ On a course of tether's, tether begins with one slow lap of `tether record --spe
 
 Resumable: a seed whose JSON is there is not run again; a killed run of tether goes on with `--resume`, one of sbx
 begins again. One run at a time, every one on the same CORES (2) with one BLAS thread. Everything lands in curves/ENV;
-table and SVG are of all the JSONs there. The last line is the path of the JSON summary.
+table and SVG are of all the JSONs there. The last line is the path of the JSON summary. Linux only.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ TETHER = [sys.executable, "-m", "tether.launch.cli"]
 PEER = [sys.executable, "-m", "tests.bench.peer"]
 EPISODES = 10
 EVAL_SEED = 1000  # added to a seed for its evaluation
+POLL_S = 1.0
 FAST = 0.6  # of the demonstration's lap
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "sbx-rl", "stable-baselines3")
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -141,12 +142,12 @@ def measured(command: list[str], folder: Path) -> str:
     def note() -> None:
         own, all_below = cpu_seconds(process.pid)
         spent = {"learner_cpu_s": own, "cpu_s": all_below, "wall_s": time.monotonic() - start}
-        write(folder / "usage.json", before | {key: round(before[key] + value, 1) for key, value in spent.items()})
+        write(folder / "usage.json", before | {key: round(before[key] + value, 2) for key, value in spent.items()})
 
     try:
         while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
             note()
-            time.sleep(1.0)
+            time.sleep(POLL_S)
         note()  # it has ended, and its figures are still there
         process.wait()
     except BaseException:
