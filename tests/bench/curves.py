@@ -148,12 +148,13 @@ def measured(command: list[str], folder: Path) -> str:
         while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
             note()
             time.sleep(POLL_S)
-        note()  # it has ended, and its figures are still there
-        process.wait()
     except BaseException:
         process.terminate()  # it stops cleanly, with a snapshot
-        process.wait()
         raise
+    finally:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        note()  # it has ended, and its figures are still there
+        process.wait()
     if process.returncode:
         raise SystemExit(f"failed ({process.returncode}): {shlex.join(command)}")
     return output.read_text()
