@@ -19,7 +19,7 @@ from tests.bench.curves import Wanted
 HOPPER = Wanted("Hopper-v5", "rlpd", 0, 1000)
 CAR = Wanted("car-loop", "rlpd", 0, 1000)
 PEER = Wanted("car-loop", "sbx:droq", 0, 1000)
-COST = {"attempts": 1, "wall_s": 60.0, "cpu_s": 90.0, "learner_cpu_s": 70.0, "load_at_start": [0.1], "trained": True}
+COST = {"attempts": 1, "wall_s": 60.0, "cpu_s": 90.0, "learner_cpu_s": 70.0, "load_at_start": [0.1], "git": ["abc"]}
 ROWS = [
     {"step": 50, "time_s": 5.0, "env/episode_return": 1.0},
     {"step": 400, "time_s": 30.0, "env/lap_time_s": 29.0, "env/lap_clean": 0.0},
@@ -36,7 +36,7 @@ def made(wanted: Wanted, seed: int = 0, shift: float = 0.0) -> dict[str, Any]:
     final = {"return_mean": 4.0 + shift, "returns": [4.0 + shift]}
     result = curves.result(replace(wanted, seed=seed), ROWS, COST, final, 50.0 if wanted.course else None)
     result["episodes"] = [[s, t, r + shift] for s, t, r in result["episodes"]]
-    return result | {"git": "abc"}
+    return result
 
 
 def test_mean_and_standard_error() -> None:
@@ -170,11 +170,12 @@ def test_a_seed_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (folder / "run").mkdir(exist_ok=True)
         (folder / "run" / "config.toml").touch()
         (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-        curves.write(folder / "usage.json", COST | {"trained": False})
+        curves.write(folder / "usage.json", COST)
         return f"actor: 9 steps\n{'1,000' if len(ran) > 1 else '400'} steps in 3 s\n"
 
     monkeypatch.setattr(curves, "measured", measured)
     monkeypatch.setattr(curves, "asked", lambda command: FINAL)
+    monkeypatch.setattr(curves, "decided", lambda wanted, run: {})
     with pytest.raises(SystemExit, match="ended before its 1,000 steps"):
         curves.one(HOPPER, tmp_path)
     for _ in range(2):
@@ -194,7 +195,7 @@ def test_what_a_training_costs_adds_up(tmp_path: Path, monkeypatch: pytest.Monke
     for attempt in (1, 2):
         assert curves.measured([sys.executable, "-S", "-c", code], tmp_path) == "5 steps in 1 s\n"
         found = curves.usage(tmp_path)
-        assert found["attempts"] == attempt == len(found["load_at_start"])
+        assert found["attempts"] == attempt == len(found["load_at_start"]) == len(found["git"])
         assert 0.06 * attempt <= found["learner_cpu_s"] <= found["cpu_s"] - 0.06 * attempt
     with pytest.raises(SystemExit, match="failed"):
         curves.measured([sys.executable, "-S", "-c", "raise SystemExit(3)"], tmp_path)

@@ -36,10 +36,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tether.launch import catalog, config
 from tether.launch.log import read_metrics
 from tether.robot_env.task import shipped
 
 from tests.bench import drawing
+from tests.bench.peer import PEERS
 
 ROOT = Path(__file__).parents[2]
 TETHER = [sys.executable, "-m", "tether.launch.cli"]
@@ -131,8 +133,10 @@ def cpu_seconds(pid: int) -> tuple[float, float]:
 
 def measured(command: list[str], folder: Path) -> str:
     """Run a training and add what it costs to the folder's usage.json. Returns what it said."""
-    before = {"attempts": 0, "wall_s": 0.0, "cpu_s": 0.0, "learner_cpu_s": 0.0, "load_at_start": []} | usage(folder)
+    nothing = {"attempts": 0, "wall_s": 0.0, "cpu_s": 0.0, "learner_cpu_s": 0.0, "load_at_start": [], "git": []}
+    before = nothing | usage(folder)
     before["load_at_start"].append(round(os.getloadavg()[0], 2))
+    before["git"].append(revision())
     before["attempts"] += 1
     start, output = time.monotonic(), folder / "output.txt"
     with open(output, "w") as file:  # a session of its own: Ctrl-C reaches it through us, once
@@ -218,7 +222,8 @@ def one(wanted: Wanted, parent: Path) -> None:
             raise SystemExit(f"{run} ended before its {wanted.steps:,} steps; the same command goes on with it")
         write(folder / "usage.json", usage(folder) | {"trained": True})
     final = asked(evaluation(wanted, run))
-    write(file, result(wanted, read_metrics(run), usage(folder), final, demo_s) | described(command))
+    found = result(wanted, read_metrics(run), usage(folder), final, demo_s)
+    write(file, found | {"settings": decided(wanted, run), "command": shown(command)} | machine())
 
 
 def result(
@@ -244,21 +249,34 @@ def result(
     return out | cost | {"episodes": episodes, "eval": final}
 
 
-def described(command: list[str]) -> dict[str, Any]:
+def decided(wanted: Wanted, run: Path) -> dict[str, Any]:
+    """The settings of a training: of tether all of them, of the peer what is not its default."""
+    if wanted.peer:
+        return PEERS[wanted.peer][1]
+    settings, _ = config.read(run)
+    return {"agent": dict(settings.agent), "learner": vars(settings.learner), "actor": vars(settings.actor)}
+
+
+def shown(command: list[str]) -> str:
+    """A command as one would type it."""
+    return shlex.join(["python" if part == sys.executable else part for part in command])
+
+
+def revision() -> str:
+    """Of this checkout, "-dirty" when changed."""
+    ask = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def machine() -> dict[str, Any]:
     """What a figure is worth nothing without."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    ask = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    git = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
-    cpu = ""
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = found[1] if found else ""
-    machine = {"cores": len(os.sched_getaffinity(0)), "of": os.cpu_count(), "machine": platform.machine(), "cpu": cpu}
-    shown = ["python" if part == sys.executable else part for part in command]
-    return {"machine": machine, "versions": versions, "git": git, "command": shlex.join(shown)}
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    cores = {"cores": len(os.sched_getaffinity(0)), "of": os.cpu_count()}
+    return {"machine": cores | {"machine": platform.machine(), "cpu": found[1] if found else ""}, "versions": versions}
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -286,7 +304,7 @@ def summary(groups: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
                 for what in ("step", "minutes"):
                     mean, error = drawing.mean_se([r[what] for r in reached])
                     row[key][what] = {"mean": mean, "se": error}
-        row["git"] = sorted({r["git"] for r in results})
+        row["git"] = sorted({git for r in results for git in r["git"]})
         row["resumed"] = [r["seed"] for r in results if r["attempts"] > 1]
         row["load_at_start"] = max(load for r in results for load in r["load_at_start"])
         out[name] = row
@@ -362,7 +380,8 @@ def ended(number: int, frame: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="Hopper-v5", help="a Gymnasium id, or a course of tether's")
-    parser.add_argument("--algo", nargs="+", default=["rlpd"])
+    algorithms = [*catalog.algorithms(), *(f"sbx:{name}" for name in PEERS)]
+    parser.add_argument("--algo", nargs="+", choices=algorithms, default=["rlpd"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="default: 100,000; on a course 12,000, 20 minutes of driving")
     parser.add_argument("--preset", default="cpu")
