@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 POINTS = 100  # of a curve
-WINDOW = 0.05  # of the longest axis: a curve is the mean of the episodes that ended in the window before
+WINDOW = 0.05  # of a curve's length: it is the mean of the episodes that ended in the window before
 COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf", "#c98a00", "#3b3b3b", "#00909e", "#a0522d")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 460, 300, 62, 40, 46, 24
 LEGEND_LINE = 18
@@ -60,12 +60,12 @@ def curves(groups: dict[str, list[dict[str, Any]]], column: int, scale: float) -
         name: min((r["episodes"][-1][column] * scale for r in results if r["episodes"]), default=0.0)
         for name, results in groups.items()
     }
-    longest, out = max(ends.values(), default=0.0), []
+    out = []
     for name, results in groups.items():
         if ends[name] > 0 and all(r["episodes"] for r in results):
             grid = np.linspace(0.0, ends[name], POINTS + 1)[1:]
             rows = [np.array(r["episodes"], float) for r in results]
-            found = [on_grid(row[:, column] * scale, row[:, 2], grid, WINDOW * longest) for row in rows]
+            found = [on_grid(row[:, column] * scale, row[:, 2], grid, WINDOW * ends[name]) for row in rows]
             out.append({"name": name, "x": grid, "seeds": len(results), "bands": band(found)})
     return out
 
@@ -74,7 +74,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers from low to high."""
     raw = (high - low) / count
     size = 10.0 ** math.floor(math.log10(raw))
-    size *= next(m for m in (1, 2, 5, 10) if m * size >= raw)
+    size *= next(m for m in (1, 2, 5, 10) if m * size >= 0.75 * raw)
     return [n * size for n in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
 
 
