@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -220,7 +221,13 @@ def test_an_end_from_outside_stops_the_training(tmp_path: Path, monkeypatch: pyt
 
 
 def test_two_do_not_measure_at_once(tmp_path: Path) -> None:
-    with curves.alone(tmp_path), pytest.raises(SystemExit, match="runs here already"), curves.alone(tmp_path):
+    """Nor one beside a training whose `make curves` was killed."""
+    refused = pytest.raises(SystemExit, match="runs here already")
+    with curves.alone(tmp_path), refused, curves.alone(tmp_path):
+        pass
+    with curves.alone(tmp_path):
+        left = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, close_fds=False)
+    with left, refused, curves.alone(tmp_path):
         pass
     with curves.alone(tmp_path):
         pass
