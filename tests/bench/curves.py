@@ -341,9 +341,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     if course:
         text.append("sbx has no prior data: it has no such feature; tether has one slow lap unless it says `no prior`")
     for name, row in rows.items():
-        if row["resumed"] or len(row["git"]) > 1 or row["load_at_start"] > 1.0:
-            text.append(f"{name}: resumed seeds {row['resumed']}, git {', '.join(row['git'])}, "
-                        f"load at start up to {row['load_at_start']}")  # fmt: skip
+        notes = [f"resumed: seeds {', '.join(map(str, row['resumed']))}"] if row["resumed"] else []
+        notes += [f"git {', '.join(row['git'])}"] if len(row["git"]) > 1 else []
+        notes += [f"not alone on the machine, load at start {row['load_at_start']}"] if row["load_at_start"] > 1 else []
+        if notes:
+            text.append(f"{name}: {'; '.join(notes)}")
     return "\n".join(text)
 
 
