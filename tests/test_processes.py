@@ -266,7 +266,9 @@ def test_a_signal_ends_a_run_with_a_snapshot_and_it_can_go_on(number):
 
 def test_an_actor_that_waits_for_a_learner_ends_at_a_signal():
     with tether("actor", "--learner", free_address()) as actor:
-        await_(lambda: "zmq" in Path(f"/proc/{actor.pid}/maps").read_text(), actor)
+        threads = Path(f"/proc/{actor.pid}/task")
+        # not before: a signal while modules are imported may end Python by the signal itself
+        await_(lambda: any("ZMQ" in (thread / "comm").read_text() for thread in threads.iterdir()), actor)
         actor.send_signal(signal.SIGINT)
         assert actor.wait(PATIENCE) == 130
 
