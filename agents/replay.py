@@ -17,6 +17,7 @@ Batch = dict[str, np.ndarray]
 _LINK = np.dtype(
     [("next", np.int32), ("reward", np.float32), ("mask", np.float32), ("train", bool), ("takeover", bool)], align=True
 )
+_ALIGNMENT = 64  # bytes: what JAX asks for
 _TRIES = 32  # at a later step of the same segment; then the next one is taken
 
 
@@ -51,6 +52,7 @@ class Replay:
         self._added = 0  # steps ever added: number i lies in slot i % capacity
         self._tails: dict[Hashable, tuple[int, bool]] = {}  # newest step of each stream; did it end there?
         self._frames = FrameRing(capacity, images, stack) if images else None
+        self._gathered = np.empty((0, ends[-1]), np.float32)  # rows on their way into a batch
         self._row = np.zeros(ends[-1], np.float32)  # the step that is being added
         self._parts = {name: self._row[columns] for name, columns in self._columns.items()}
 
@@ -118,12 +120,12 @@ class Replay:
         """Room for n rows."""
         obs, action = (len(self._parts[name]) for name in ("obs", "action"))
         widths = {"obs": obs, "action": action, "prev_action": action, "next_obs": obs, "next_prev_action": action}
-        out: Batch = {name: np.empty((n, width), np.float32) for name, width in widths.items()}
-        out |= {name: np.empty(n, np.float32) for name in ("reward", "discount")}
+        out = {name: _aligned((n, width)) for name, width in widths.items()}
+        out |= {name: _aligned((n,)) for name in ("reward", "discount")}
         if future:
-            out["future_obs"] = np.empty((n, obs), np.float32)
+            out["future_obs"] = _aligned((n, obs))
         for name, shape in self._frames.shapes.items() if self._frames else ():
-            out |= {f"{key}/{name}": np.empty((n, *shape), np.uint8) for key in ("obs", "next_obs")}
+            out |= {f"{key}/{name}": _aligned((n, *shape), np.uint8) for key in ("obs", "next_obs")}
         return out
 
     def _pack(self, stream: Hashable, step: Any) -> None:
@@ -180,14 +182,21 @@ class Replay:
         for prefix, which, names in (
             ("", slots, ("obs", "prev_action", "action")), ("next_", last, ("obs", "prev_action"))
         ):  # fmt: skip
-            rows = self._rows.take(which, axis=0)  # three times as fast as an index
+            rows = self._gather(which)
             for name in names:
                 out[prefix + name][...] = rows[..., self._columns[name]]
             if self._frames:
                 self._frames.fill(out, f"{prefix}obs/", which)
         if "future_obs" in out:
             future = self._future(slots.ravel(), rng).reshape(slots.shape)
-            out["future_obs"][...] = self._rows.take(future, axis=0)[..., self._columns["obs"]]
+            out["future_obs"][...] = self._gather(future)[..., self._columns["obs"]]
+
+    def _gather(self, slots: np.ndarray) -> np.ndarray:
+        """The rows in these slots, until the next call."""
+        if len(self._gathered) < slots.size:
+            self._gathered = np.empty((slots.size, self._rows.shape[1]), np.float32)
+        rows = self._gathered[: slots.size].reshape(*slots.shape, -1)
+        return self._rows.take(slots, axis=0, out=rows, mode="clip")  # three times as fast as an index
 
     def _future(self, slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The slot of a later step of each one's segment."""
@@ -271,33 +280,43 @@ class _Pool:
         return self._slots[rng.integers(self.count, size=shape)].astype(np.intp)
 
 
-def by_strata(
-    rng: np.random.Generator, online: Replay, prior: Replay, share: float, utd: int, size: int, future: bool = False
-) -> Batch:
-    """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior.
+class Strata:
+    """Draws the mini-batches of a learner's step from online and prior steps, into two sets of arrays in turn.
 
-    Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
-    them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
-    `future`: as in `Replay.sample_future`.
+    A batch may be read until the next but one is drawn. The arrays are kept because memory that is new to the
+    process costs more than all that is written into it.
     """
-    rows = round(share * size)
-    if not len(prior) and online.takeovers < rows:
-        rows = 0
-    taken = 0
-    if rows and online.takeovers:  # as many in each mini-batch; on average their share of the stratum, exactly
-        taken = min(int(rows * online.takeovers / (online.takeovers + len(prior)) + rng.random()), rows)
-    out, at = online._empty(utd * size, future), 0
-    batches = minibatches(out, utd, size)
-    for replay, pool, count in (
-        (online, online._drawable, size - rows),
-        (prior, prior._drawable, rows - taken),
-        (online, online._taken_over, taken),
-    ):
-        if count:
-            part = {name: values[:, at : at + count] for name, values in batches.items()}
-            replay._fill(part, pool.draw(rng, (utd, count)), rng)
-            at += count
-    return out
+
+    def __init__(self, online: Replay, prior: Replay, utd: int, size: int, future: bool = False) -> None:
+        self._online, self._prior, self._utd, self._size = online, prior, utd, size
+        self._rooms = [online._empty(utd * size, future) for _ in range(2)]
+
+    def draw(self, rng: np.random.Generator, share: float) -> Batch:
+        """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior;
+        with `future` as from `Replay.sample_future`.
+
+        Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
+        them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
+        """
+        online, prior = self._online, self._prior
+        rows = round(share * self._size)
+        if not len(prior) and online.takeovers < rows:
+            rows = 0
+        taken = 0
+        if rows and online.takeovers:  # as many in each mini-batch; on average exactly their share of the stratum
+            taken = min(int(rows * online.takeovers / (online.takeovers + len(prior)) + rng.random()), rows)
+        self._rooms.reverse()
+        batches, at = minibatches(self._rooms[0], self._utd, self._size), 0
+        for replay, pool, count in (
+            (online, online._drawable, self._size - rows),
+            (prior, prior._drawable, rows - taken),
+            (online, online._taken_over, taken),
+        ):
+            if count:
+                part = {name: values[:, at : at + count] for name, values in batches.items()}
+                replay._fill(part, pool.draw(rng, (self._utd, count)), rng)
+                at += count
+        return dict(self._rooms[0])
 
 
 def symmetric(online: Batch, prior: Batch) -> Batch:
@@ -309,3 +328,11 @@ def symmetric(online: Batch, prior: Batch) -> Batch:
 def minibatches(batch: Batch, utd: int, size: int) -> Batch:
     """(utd * size, ...) rows -> (utd, size, ...), in order. Any other number of rows is a ValueError."""
     return {k: v.reshape(utd, size, *v.shape[1:]) for k, v in batch.items()}
+
+
+def _aligned(shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    """An array for anything, at an address from which JAX on a CPU reads it without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    at = -room.ctypes.data % _ALIGNMENT
+    return room[at : at + size].view(dtype).reshape(shape)
