@@ -12,11 +12,12 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
-# What sampling follows from step to step lies together, so that it is one cache miss. `next`: slot of the successor,
-# -1 while there is none; `mask`: 0 at a true terminal; `train`: to be learned from.
+# What sampling needs before it knows which observations: together, so that it is one cache miss. `next`: slot of the
+# successor, -1 while there is none; `mask`: 0 at a true terminal; `train`: to be learned from.
 _LINK = np.dtype(
     [("next", np.int32), ("reward", np.float32), ("mask", np.float32), ("train", bool), ("takeover", bool)], align=True
 )
+_ALIGNMENT = 64  # bytes: what JAX asks for
 _TRIES = 32  # at a later step of the same segment; then the next one is taken
 
 
@@ -39,10 +40,8 @@ class Replay:
         images: Mapping[str, tuple[int, ...]] | None = None, stack: int = 3,
     ) -> None:  # fmt: skip
         self.capacity, self.n_step, self.gamma = capacity, n_step, np.float32(gamma)
-        ends = np.cumsum([0, obs_size, action_size, action_size]).tolist()
-        names = ("obs", "prev_action", "action")
-        self._columns = {name: slice(*ends[i : i + 2]) for i, name in enumerate(names)}
-        self._rows = np.zeros((capacity, ends[-1]), np.float32)  # of one step in one place, as the links
+        sizes = {"obs": obs_size, "prev_action": action_size, "action": action_size}
+        self._values = {name: _aligned((capacity, size)) for name, size in sizes.items()}
         self._links = np.zeros(capacity, _LINK)
         self._next = self._links["next"]
         self._segment = np.zeros(capacity, np.int32)
@@ -53,8 +52,9 @@ class Replay:
         self._returns: dict[Hashable, float] = {}  # of each stream since its episode began, discounted
         self.return_max = 0.0  # the largest of these so far, by magnitude
         self._frames = FrameRing(capacity, images, stack) if images else None
-        self._row = np.zeros(ends[-1], np.float32)  # the step that is being added
-        self._parts = {name: self._row[columns] for name, columns in self._columns.items()}
+        self._row = np.zeros(sum(sizes.values()), np.float32)  # the step that is being added
+        parts = np.split(self._row, [obs_size, obs_size + action_size])
+        self._parts = dict(zip(sizes, parts, strict=True))
 
     def __len__(self) -> int:
         return self._drawable.count
@@ -80,7 +80,8 @@ class Replay:
         number, slot = self._added, self._added % self.capacity
         if number >= self.capacity:
             self._forget(slot)
-        self._rows[slot] = self._row
+        for name, part in self._parts.items():
+            self._values[name][slot] = part
         reward, takeover = 0.0 if closes else step.reward, getattr(step, "takeover", False)
         self._links[slot] = -1, reward, not step.terminated, step.train, takeover
         before, ended = self._tails.pop(stream, (-self.capacity, False))
@@ -122,13 +123,12 @@ class Replay:
         """Room for n rows."""
         obs, action = (len(self._parts[name]) for name in ("obs", "action"))
         widths = {"obs": obs, "action": action, "prev_action": action, "next_obs": obs, "next_prev_action": action}
-        out: Batch = {name: np.empty((n, width), np.float32) for name, width in widths.items()}
-        out |= {name: np.empty(n, np.float32) for name in ("reward", "discount")}
-        out["return_max"] = np.full(n, self.return_max, np.float32)
+        out = {name: _aligned((n, width)) for name, width in widths.items()}
+        out |= {name: _aligned((n,)) for name in ("reward", "discount", "return_max")}
         if future:
-            out["future_obs"] = np.empty((n, obs), np.float32)
+            out["future_obs"] = _aligned((n, obs))
         for name, shape in self._frames.shapes.items() if self._frames else ():
-            out |= {f"{key}/{name}": np.empty((n, *shape), np.uint8) for key in ("obs", "next_obs")}
+            out |= {f"{key}/{name}": _aligned((n, *shape), np.uint8) for key in ("obs", "next_obs")}
         return out
 
     def _pack(self, stream: Hashable, step: Any) -> None:
@@ -174,6 +174,7 @@ class Replay:
 
     def _sample(self, rng: np.random.Generator, n: int, future: bool) -> Batch:
         out = self._empty(n, future)
+        out["return_max"][:] = self.return_max
         self._fill(out, self._drawable.draw(rng, n), rng)
         return out
 
@@ -188,17 +189,16 @@ class Replay:
             discount *= np.where(on, self.gamma * link["mask"], 1)
             last = np.where(on, link["next"], last)
         out["reward"][...], out["discount"][...] = reward, discount
-        for prefix, which, names in (
-            ("", slots, ("obs", "prev_action", "action")), ("next_", last, ("obs", "prev_action"))
-        ):  # fmt: skip
-            rows = self._rows.take(which, axis=0)  # three times as fast as an index
-            for name in names:
-                out[prefix + name][...] = rows[..., self._columns[name]]
-            if self._frames:
-                self._frames.fill(out, f"{prefix}obs/", which)
+        for name in ("obs", "prev_action"):  # the successor mostly lies beside its step, and is still in a cache
+            _take(self._values[name], slots, out[name])
+            _take(self._values[name], last, out[f"next_{name}"])
+        _take(self._values["action"], slots, out["action"])
+        if self._frames:
+            self._frames.fill(out, "obs/", slots)
+            self._frames.fill(out, "next_obs/", last)
         if "future_obs" in out:
             future = self._future(slots.ravel(), rng).reshape(slots.shape)
-            out["future_obs"][...] = self._rows.take(future, axis=0)[..., self._columns["obs"]]
+            _take(self._values["obs"], future, out["future_obs"])
 
     def _future(self, slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The slot of a later step of each one's segment."""
@@ -251,7 +251,7 @@ class FrameRing:
             chain.append(self._before[chain[-1]])
         index = np.stack(chain[::-1], axis=-1)
         for name, frames in self._frames.items():
-            frames.take(index, axis=0, out=out[prefix + name], mode="clip")  # "raise" would copy once more
+            _take(frames, index, out[prefix + name])
 
 
 class _Pool:
@@ -282,34 +282,44 @@ class _Pool:
         return self._slots[rng.integers(self.count, size=shape)].astype(np.intp)
 
 
-def by_strata(
-    rng: np.random.Generator, online: Replay, prior: Replay, share: float, utd: int, size: int, future: bool = False
-) -> Batch:
-    """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior.
+class Strata:
+    """Draws the mini-batches of a learner's step from online and prior steps, into two sets of arrays in turn.
 
-    Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
-    them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
-    `future`: as in `Replay.sample_future`.
+    A batch may be read until the next but one is drawn. The arrays are kept because memory that is new to the
+    process costs more than all that is written into it.
     """
-    rows = round(share * size)
-    if not len(prior) and online.takeovers < rows:
-        rows = 0
-    taken = 0
-    if rows and online.takeovers:  # as many in each mini-batch; on average their share of the stratum, exactly
-        taken = min(int(rows * online.takeovers / (online.takeovers + len(prior)) + rng.random()), rows)
-    out, at = online._empty(utd * size, future), 0
-    out["return_max"][:] = max(online.return_max, prior.return_max)
-    batches = minibatches(out, utd, size)
-    for replay, pool, count in (
-        (online, online._drawable, size - rows),
-        (prior, prior._drawable, rows - taken),
-        (online, online._taken_over, taken),
-    ):
-        if count:
-            part = {name: values[:, at : at + count] for name, values in batches.items()}
-            replay._fill(part, pool.draw(rng, (utd, count)), rng)
-            at += count
-    return out
+
+    def __init__(self, online: Replay, prior: Replay, utd: int, size: int, future: bool = False) -> None:
+        self._online, self._prior, self._utd, self._size = online, prior, utd, size
+        self._rooms = [online._empty(utd * size, future) for _ in range(2)]
+
+    def draw(self, rng: np.random.Generator, share: float) -> Batch:
+        """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior;
+        with `future` as from `Replay.sample_future`.
+
+        Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
+        them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
+        """
+        online, prior = self._online, self._prior
+        rows = round(share * self._size)
+        if not len(prior) and online.takeovers < rows:
+            rows = 0
+        taken = 0
+        if rows and online.takeovers:  # as many in each mini-batch; on average exactly their share of the stratum
+            taken = min(int(rows * online.takeovers / (online.takeovers + len(prior)) + rng.random()), rows)
+        self._rooms.reverse()
+        self._rooms[0]["return_max"][:] = max(online.return_max, prior.return_max)
+        batches, at = minibatches(self._rooms[0], self._utd, self._size), 0
+        for replay, pool, count in (
+            (online, online._drawable, self._size - rows),
+            (prior, prior._drawable, rows - taken),
+            (online, online._taken_over, taken),
+        ):
+            if count:
+                part = {name: values[:, at : at + count] for name, values in batches.items()}
+                replay._fill(part, pool.draw(rng, (self._utd, count)), rng)
+                at += count
+        return dict(self._rooms[0])
 
 
 def symmetric(online: Batch, prior: Batch) -> Batch:
@@ -321,3 +331,20 @@ def symmetric(online: Batch, prior: Batch) -> Batch:
 def minibatches(batch: Batch, utd: int, size: int) -> Batch:
     """(utd * size, ...) rows -> (utd, size, ...), in order. Any other number of rows is a ValueError."""
     return {k: v.reshape(utd, size, *v.shape[1:]) for k, v in batch.items()}
+
+
+def _take(values: np.ndarray, slots: np.ndarray, out: np.ndarray) -> None:
+    """values[slots] into `out`, three times as fast; `mode` because "raise" would copy once more."""
+    if out.flags.c_contiguous:
+        values.take(slots, axis=0, out=out, mode="clip")
+    else:  # some columns of each mini-batch
+        for one, room in zip(slots, out, strict=True):
+            values.take(one, axis=0, out=room, mode="clip")
+
+
+def _aligned(shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    """An array for anything, at an address from which JAX on a CPU reads it without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    at = -room.ctypes.data % _ALIGNMENT
+    return room[at : at + size].view(dtype).reshape(shape)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ..agents import snapshot
-from ..agents.replay import Batch, Replay, by_strata, minibatches
+from ..agents.replay import Batch, Replay, Strata, minibatches
 from ..robot_env.record import Record
 from ..robot_env.sample import Fold, samples
 from ..robot_env.task import Task
@@ -41,6 +41,8 @@ class Trainer:
         for i, records in enumerate(prior):
             for sample in samples(task, records):
                 self.prior.add((i, sample.part), sample)
+        mini_batches = self.agent.utd, self.agent.batch
+        self._strata = Strata(self.replay, self.prior, *mini_batches, future=task.spec.hindsight > 0.0)
         # steps before the first update; with prior data updates begin at once
         self.start_steps = 1 if len(self.prior) else config.learner.start_steps
         self.state = self._algorithm.init(self.agent, jax.random.key(seed), *sizes)
@@ -147,20 +149,20 @@ class Trainer:
     def _update(self) -> None:
         start = time.perf_counter()
         batches = minibatches(self._sample(), self.agent.utd, self.agent.batch)
-        jax.block_until_ready(self._metrics)  # one update in flight, while the next batch is drawn
+        # one update in flight, while the next batch is drawn; the one after that takes its batch's place
+        jax.block_until_ready((self.state, self._metrics))
         self.state, self._metrics = self._algorithm.update(self.agent, self.state, batches)
         self.updates += self.agent.utd
         self.update_s += time.perf_counter() - start
 
     def _sample(self) -> Batch:
         """The rows of one step's updates, mini-batch after mini-batch."""
-        learner, hindsight = self.config.learner, self.task.spec.hindsight > 0.0
+        learner = self.config.learner
         share = learner.prior_share
         if learner.prior_anneal:
             share += min(self.updates / learner.prior_anneal, 1.0) * (learner.prior_share_end - share)
-        sizes = self.agent.utd, self.agent.batch
-        batch = by_strata(self._rng, self.replay, self.prior, share, *sizes, future=hindsight)
-        if hindsight:
+        batch = self._strata.draw(self._rng, share)
+        if self.task.spec.hindsight > 0.0:
             future = batch.pop("future_obs")
             batch = self.task.in_hindsight(batch, future, self._rng)
         return batch

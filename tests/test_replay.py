@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tether.agents.replay import Replay, ReplayError, by_strata, minibatches, symmetric
+from tether.agents.replay import Replay, ReplayError, Strata, minibatches, symmetric
 from tether.launch import catalog, config
 
 from tests.conftest import FAKE, SETTINGS
@@ -277,9 +277,9 @@ def test_every_mini_batch_has_its_share_of_each_stratum(events, prior_steps, sha
     rows = round(share * size) if data or len(driven) >= round(share * size) else 0
     if rows < size and not len(online):
         with pytest.raises(ReplayError, match="nothing to draw"):
-            by_strata(np.random.default_rng(seed), online, prior, share, utd, size)
+            Strata(online, prior, utd, size).draw(np.random.default_rng(seed), share)
         return
-    batch = by_strata(np.random.default_rng(seed), online, prior, share, utd, size, future=True)
+    batch = Strata(online, prior, utd, size, future=True).draw(np.random.default_rng(seed), share)
     found = numbers(batch, utd, size)
     assert set(found[:, : size - rows].ravel()) <= set(naive.drawable())
     second = found[:, size - rows :]
@@ -295,7 +295,7 @@ def test_every_mini_batch_has_its_share_of_each_stratum(events, prior_steps, sha
                 np.testing.assert_allclose(batch[key][row], value, rtol=1e-5, err_msg=key)
         later = [i + (number >= PRIOR) * PRIOR for i in source.future(at)]
         assert batch["future_obs"][row, 0] in later
-    again = by_strata(np.random.default_rng(seed), online, prior, share, utd, size, future=True)
+    again = Strata(online, prior, utd, size, future=True).draw(np.random.default_rng(seed), share)
     assert batch.keys() == again.keys() and all((batch[k] == again[k]).all() for k in batch)
 
 
@@ -303,9 +303,9 @@ def test_a_takeover_is_drawn_online_and_prior_as_often_as_any_other_there():
     events = [("a", "go", True, number % 10 == 0) for number in range(101)]
     online, _, prior, _ = buffers(events, 31, capacity=200)
     assert (len(online), online.takeovers, len(prior)) == (100, 10, 30)
-    rng, seen = np.random.default_rng(0), {"online": [], "prior": []}
+    rng, strata, seen = np.random.default_rng(0), Strata(online, prior, 3, 100), {"online": [], "prior": []}
     for _ in range(400):  # the number of takeovers is drawn once for all the mini-batches of a call
-        found = numbers(by_strata(rng, online, prior, 0.4, 3, 100), 3, 100)
+        found = numbers(strata.draw(rng, 0.4), 3, 100)
         seen["online"].append(found[:, :60].ravel())
         seen["prior"].append(found[:, 60:].ravel())
     for stratum, steps in (("online", [*range(100)]), ("prior", [*range(0, 100, 10), *range(PRIOR, PRIOR + 30)])):
@@ -318,8 +318,8 @@ def test_a_takeover_is_drawn_online_and_prior_as_often_as_any_other_there():
 def test_a_few_takeovers_are_drawn_on_average_exactly_in_proportion():
     """Less than one row of a mini-batch: rounding would never, or always, draw them."""
     online, _, prior, _ = buffers([("a", "go", True, number == 0) for number in range(10)], 41, capacity=200)
-    rng = np.random.default_rng(0)
-    counts = [(numbers(by_strata(rng, online, prior, 1.0, 1, 10), 1, 10) < PRIOR).sum() for _ in range(4000)]
+    rng, strata = np.random.default_rng(0), Strata(online, prior, 1, 10)
+    counts = [(numbers(strata.draw(rng, 1.0), 1, 10) < PRIOR).sum() for _ in range(4000)]
     assert set(counts) == {0, 1} and abs(np.mean(counts) - 10 / 41) < 5 * (0.25 / 4000) ** 0.5
 
 
@@ -327,9 +327,23 @@ def test_without_prior_data_takeovers_are_a_stratum_once_they_fill_their_rows():
     for driven, rows in ((7, 0), (8, 8)):
         events = [("a", "go", True, number < driven) for number in range(1001)]
         online, _, prior, _ = buffers(events, 0, capacity=2000)
-        found = numbers(by_strata(np.random.default_rng(0), online, prior, 0.5, 4, 16), 4, 16)
+        found = numbers(Strata(online, prior, 4, 16).draw(np.random.default_rng(0), 0.5), 4, 16)
         assert ((found[:, 8:] < driven).all(1) == (rows == 8)).all()
         assert (found[:, :8] >= driven).any()
+
+
+def test_a_batch_stays_until_the_next_but_one_and_is_where_jax_need_not_copy_it():
+    online, _, prior, _ = buffers([("a", "go", True, False)] * 50, 50)
+    rng, strata = np.random.default_rng(0), Strata(online, prior, 4, 16)
+    batches = [strata.draw(rng, 0.5)]
+    for _ in range(3):
+        kept = {name: values.copy() for name, values in batches[-1].items()}
+        batches.append(strata.draw(rng, 0.5))
+        assert all((batches[-2][name] == kept[name]).all() for name in kept)
+        assert (batches[-1]["obs"] != kept["obs"]).any()
+    for first, third in zip(batches, batches[2:], strict=False):
+        assert all(first[name] is third[name] for name in first)  # memory is not taken again and again
+    assert all(values.ctypes.data % 64 == 0 for batch in batches for values in batch.values())
 
 
 def test_a_takeover_that_is_overwritten_is_forgotten():
@@ -414,6 +428,22 @@ def test_the_share_of_prior_data_follows_its_schedule(trainer, records):
     for i, counts in enumerate(found):
         assert counts == [round(32 * (0.75 - 0.5 * min(5 * i / 40, 1)))] * 5
     assert shares("learner.prior_anneal=10")[2:] == [[0] * 5] * (len(found) - 2)
+
+
+def test_an_update_has_its_batch_to_itself_while_the_next_one_is_drawn(trainer, records):
+    calls = []
+
+    def update(agent, state, batches):
+        if calls:
+            before, copied = calls[-1]
+            assert all((before[name] == copied[name]).all() for name in copied)
+        calls.append((batches, {name: values.copy() for name, values in batches.items()}))
+        return state, {}
+
+    made = trainer(update=update, prior=[records])
+    for record in records:
+        made.push("a", record)
+    assert len(calls) > 30
 
 
 def test_a_resumed_training_draws_what_an_uninterrupted_one_draws(trainer, records, tmp_path):

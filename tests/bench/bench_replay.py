@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from tether.agents.replay import Batch, Replay, by_strata
+from tether.agents.replay import Batch, Replay, Strata
 
 OBS, ACT = 48, 12
 UTD, BATCH = 20, 256
@@ -81,9 +81,10 @@ def state(calls: int) -> dict[str, float]:
     measured: dict[str, Callable[[], float]] = {}
     for name, ring in rings.items():
         measured[f"add_{name}_us"] = lambda ring=ring: fill(ring, source, 400)
-        measured[f"sample_{name}_ms"] = drawing(lambda ring=ring: ring.sample(rng, UTD * BATCH))
-        measured[f"strata_{name}_ms"] = drawing(lambda ring=ring: by_strata(rng, ring, ring, 0.5, UTD, BATCH))
-        measured[f"future_{name}_ms"] = drawing(lambda ring=ring: ring.sample_future(rng, UTD * BATCH))
+        online, half, future = (Strata(ring, ring, UTD, BATCH, future) for future in (False, False, True))
+        measured[f"sample_{name}_ms"] = drawing(lambda online=online: online.draw(rng, 0.0))
+        measured[f"strata_{name}_ms"] = drawing(lambda half=half: half.draw(rng, 0.5))
+        measured[f"future_{name}_ms"] = drawing(lambda future=future: future.draw(rng, 0.5))
     out = medians(measured, calls)
     return out | {"state_mb_per_million": taken / 1e6, "state_of_raw": taken / (LARGE * 4 * (OBS + 2 * ACT + 2))}
 
@@ -100,9 +101,10 @@ def images(side: int, calls: int) -> dict[str, float]:
     tracemalloc.stop()
     del plain
     fill(ring, source, capacity)
+    strata = Strata(ring, ring, 1, BATCH)
     out = medians({
         f"image_{side}_add_us": lambda: fill(ring, source, 100),
-        f"image_{side}_sample_ms": drawing(lambda: ring.sample(rng, BATCH)),
+        f"image_{side}_sample_ms": drawing(lambda: strata.draw(rng, 0.0)),
     }, calls)  # fmt: skip
     return out | {f"image_{side}_frames_of_raw": (taken - alone) / raw, f"image_{side}_with_state_of_raw": taken / raw}
 
