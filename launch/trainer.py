@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ..agents import snapshot
 from ..agents.replay import Batch, Replay, minibatches, symmetric
 from ..robot_env.record import Record
 from ..robot_env.sample import Fold, samples
 from ..robot_env.task import Task
-from . import catalog
+from . import catalog, compute
 from .config import Config
 from .evaluate import Episodes
 
@@ -28,10 +29,12 @@ class Trainer:
     """The learner's state and what moves it.
 
     `push` inserts one record and makes the updates of that step, on exactly the records so far: the same
-    seed and records give the same weights.
+    seed and records give the same weights. On several `devices` each of them takes its share of every batch.
     """
 
-    def __init__(self, task: Task, config: Config, seed: int, prior: Iterable[Iterable[Record]] = ()) -> None:
+    def __init__(
+        self, task: Task, config: Config, seed: int, prior: Iterable[Iterable[Record]] = (), devices: int = 1
+    ) -> None:
         self.task, self.config = task, config
         self._algorithm = catalog.algorithm(config.algorithm)
         self.agent = self._algorithm.Config(**config.agent)
@@ -43,13 +46,19 @@ class Trainer:
                 self.prior.add((i, sample.part), sample)
         # steps before the first update; with prior data updates begin at once
         self.start_steps = 1 if len(self.prior) else config.learner.start_steps
-        self.state = self._algorithm.init(self.agent, jax.random.key(seed), *sizes)
+        compute.keep_compiled()
+        mesh = compute.mesh(devices, self.agent.batch)
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec(None, "batch"))  # (utd, batch, ...)
+        with compute.compiling():
+            self._take(self._algorithm.init(self.agent, jax.random.key(seed), *sizes))
         self._rng = np.random.default_rng(seed)
         self._streams: dict[str, tuple[Fold, Episodes]] = {}
         self.steps = 0
         self.updates = 0
         self.update_s = 0.0  # spent in updates, sampling included
-        self._metrics: dict[str, Any] = {}
+        self._metrics: dict[str, Any] = {}  # of the newest update, which may go on
+        self._ended: dict[str, Any] = {}  # of the one before
 
     @property
     def cursor(self) -> dict[str, int]:
@@ -73,19 +82,19 @@ class Trainer:
         return metrics
 
     def warm_up(self) -> None:
-        """Compile the update before anything moves. The state stays as it is."""
-        rows = self.agent.utd * self.agent.batch
+        """Compile the update before anything moves; from the shapes, so that nothing is computed."""
+        utd, rows = self.agent.utd, self.agent.batch
         n, m = self.task.observation_size, len(self.task.rest)
         widths = {"obs": n, "action": m, "prev_action": m, "next_obs": n, "next_prev_action": m}
-        batch = {name: np.zeros((rows, width), np.float32) for name, width in widths.items()}
-        batch |= {name: np.zeros(rows, np.float32) for name in ("reward", "discount")}
-        copy = jax.tree.map(lambda x: x.copy(), self.state)
-        batches = minibatches(batch, self.agent.utd, self.agent.batch)
-        jax.block_until_ready(self._algorithm.update(self.agent, copy, batches))
+        shapes = {name: (utd, rows, width) for name, width in widths.items()}
+        shapes |= {name: (utd, rows) for name in ("reward", "discount")}
+        batches = {k: jax.ShapeDtypeStruct(shape, np.float32, sharding=self._split) for k, shape in shapes.items()}
+        with compute.compiling():
+            self._algorithm.update.lower(self.agent, self.state, batches).compile()
 
     def metrics(self) -> dict[str, float]:
-        """`learn/...` values of the newest update."""
-        out = {f"learn/{name}": float(value) for name, value in self._metrics.items()}
+        """`learn/...` values of the newest update that has ended: nothing waits for them."""
+        out = {f"learn/{name}": float(value) for name, value in (self._ended or self._metrics).items()}
         trained = max(self.steps - self.start_steps + 1, 1)
         return out | {
             "learn/updates": self.updates,
@@ -120,7 +129,8 @@ class Trainer:
         found = snapshot.load(folder, {"task": self.state})
         if found is None:
             return {}, ""
-        self.state, self.updates = found.states["task"], found.counters["updates"]
+        self._take(found.states["task"])
+        self.updates = found.counters["updates"]
         self._rng.bit_generator.state = found.counters["replay_rng"]
         return found.counters["cursor"], found.warning
 
@@ -133,8 +143,12 @@ class Trainer:
         found = snapshot.load(folder, {"task": self.state})
         if found is None:
             raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
-        self.state = found.states["task"]
+        self._take(found.states["task"])
         return found.warning
+
+    def _take(self, state: Any) -> None:
+        """Let this be the state, whole on every device."""
+        self.state = jax.device_put(state, self._everywhere)
 
     def _finite(self, tree: Any) -> Any:
         """The same, where all its numbers are finite."""
@@ -156,7 +170,8 @@ class Trainer:
         else:
             batch = self._sample(self.replay, rows)
         batches = minibatches(batch, self.agent.utd, self.agent.batch)
-        jax.block_until_ready(self._metrics)  # one update in flight, while the next batch is drawn
+        self._ended = jax.block_until_ready(self._metrics)  # one update in flight, while the next batch is drawn
+        batches = jax.device_put(batches, self._split)
         self.state, self._metrics = self._algorithm.update(self.agent, self.state, batches)
         self.updates += self.agent.utd
         self.update_s += time.perf_counter() - start
