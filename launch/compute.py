@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -45,21 +45,40 @@ def keep_compiled() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Where something is compiled: a cache that cannot be read or written is emptied, and nobody is bothered.
+class Compiling:
+    """Where something is compiled, in any thread: a cache that cannot be read or written is emptied, silently.
 
     JAX compiles what it cannot read and goes on, but never replaces it.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for each in caught:
-        if "persistent compilation cache" not in str(each.message):
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        elif jax.config.jax_compilation_cache_dir:
-            with suppress(OSError):
-                _prune(Path(jax.config.jax_compilation_cache_dir), -1)  # empty files too
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._catch = warnings.catch_warnings(record=True)
+
+    def __enter__(self) -> None:
+        with self._lock:  # who catches warnings catches those of all threads
+            if not self._inside:
+                self._catch = warnings.catch_warnings(record=True)
+                self._caught = self._catch.__enter__()
+                warnings.simplefilter("always")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            self._catch.__exit__(*error)
+            folder = jax.config.jax_compilation_cache_dir
+            for each in self._caught or ():
+                if "persistent compilation cache" not in str(each.message):
+                    warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+                elif folder:
+                    with suppress(OSError):
+                        _prune(Path(folder), -1)  # empty files too
+
+
+compiling = Compiling()
 
 
 def _prune(folder: Path, most: int) -> None:

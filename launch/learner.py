@@ -87,6 +87,8 @@ class Learner:
             raise config.RunError(f"--prior: recorded on {', '.join(others)}; this task's robot is {job.spec.robot}")
         task, experience = catalog.make_task(job.spec), [records for _, records in prior]
         self.trainer = Trainer(task, job.config, job.seed, experience, job.devices)
+        log.note("compiling the update")
+        self._compiled = ThreadPoolExecutor(1).submit(self.trainer.warm_up)
         self._first_lap, self._actors = False, 0
         self._trouble = ""  # as last told
         self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
@@ -101,8 +103,6 @@ class Learner:
             "auto_reset": job.config.actor.auto_reset,
         }  # fmt: skip
         self.link = LearnerLink(job.bind, catalog.stream_meta(job.spec), welcome, self.journal, expected)
-        self.log.note("compiling the update")
-        self._compiled = ThreadPoolExecutor(1).submit(self.trainer.warm_up)
 
     def ready(self) -> None:
         """Wait for the compiled update and let the actors have the first weights."""
@@ -191,6 +191,8 @@ class Learner:
         if warning:
             self._warn(warning)
         expected = {}
+        if self.job.resume:
+            self._compiled.result()  # not compiled twice
         for meta, records in read_streams(self.job.folder / "steps") if self.job.resume else ():
             for record in records:
                 self.trainer.push(meta.stream, record, train=record.seq > cursor.get(meta.stream, 0))

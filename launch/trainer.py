@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..robot_env.task import Task
 from . import catalog, compute
 from .config import Config
 from .evaluate import Episodes
+
+ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of what runs only once
 
 
 class Diverged(RuntimeError):
@@ -50,8 +53,8 @@ class Trainer:
         mesh = compute.mesh(devices, self.agent.batch)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(None, "batch"))  # (utd, batch, ...)
-        with compute.compiling():
-            self._take(self._algorithm.init(self.agent, jax.random.key(seed), *sizes))
+        self._key = jax.random.key(seed)
+        self._init = self._algorithm.init.lower(self.agent, self._key, *sizes)
         self._rng = np.random.default_rng(seed)
         self._streams: dict[str, tuple[Fold, Episodes]] = {}
         self.steps = 0
@@ -59,6 +62,12 @@ class Trainer:
         self.update_s = 0.0  # spent in updates, sampling included
         self._metrics: dict[str, Any] = {}  # of the newest update, which may go on
         self._ended: dict[str, Any] = {}  # of the one before
+
+    @cached_property
+    def state(self) -> Any:
+        """All that is learned. The first to ask makes a fresh one."""
+        with compute.compiling:
+            return self._placed(self._init.compile(ONCE)(self._key))
 
     @property
     def cursor(self) -> dict[str, int]:
@@ -82,15 +91,17 @@ class Trainer:
         return metrics
 
     def warm_up(self) -> None:
-        """Compile the update before anything moves; from the shapes, so that nothing is computed."""
+        """Compile the update before anything moves. From shapes, so that the state can be made meanwhile."""
         utd, rows = self.agent.utd, self.agent.batch
         n, m = self.task.observation_size, len(self.task.rest)
         widths = {"obs": n, "action": m, "prev_action": m, "next_obs": n, "next_prev_action": m}
         shapes = {name: (utd, rows, width) for name, width in widths.items()}
         shapes |= {name: (utd, rows) for name in ("reward", "discount")}
         batches = {k: jax.ShapeDtypeStruct(shape, np.float32, sharding=self._split) for k, shape in shapes.items()}
-        with compute.compiling():
-            self._algorithm.update.lower(self.agent, self.state, batches).compile()
+        whole = partial(jax.ShapeDtypeStruct, sharding=self._everywhere)
+        with compute.compiling:
+            state = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
+            self._algorithm.update.lower(self.agent, state, batches).compile()
 
     def metrics(self) -> dict[str, float]:
         """`learn/...` values of the newest update that has ended: nothing waits for them."""
@@ -129,7 +140,7 @@ class Trainer:
         found = snapshot.load(folder, {"task": self.state})
         if found is None:
             return {}, ""
-        self._take(found.states["task"])
+        self.state = self._placed(found.states["task"])
         self.updates = found.counters["updates"]
         self._rng.bit_generator.state = found.counters["replay_rng"]
         return found.counters["cursor"], found.warning
@@ -143,12 +154,12 @@ class Trainer:
         found = snapshot.load(folder, {"task": self.state})
         if found is None:
             raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
-        self._take(found.states["task"])
+        self.state = self._placed(found.states["task"])
         return found.warning
 
-    def _take(self, state: Any) -> None:
-        """Let this be the state, whole on every device."""
-        self.state = jax.device_put(state, self._everywhere)
+    def _placed(self, state: Any) -> Any:
+        """The same, whole on every device."""
+        return jax.device_put(state, self._everywhere)
 
     def _finite(self, tree: Any) -> Any:
         """The same, where all its numbers are finite."""

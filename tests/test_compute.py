@@ -47,7 +47,7 @@ def found(what: list[str] = []) -> int:  # noqa: B006 - one listener for the who
 
 def compiled() -> None:
     """Compile something, as a new process would, and check that it is right."""
-    with compute.compiling():
+    with compute.compiling:
         assert jax.jit(lambda x: x * 3.0 + 1.0)(np.float32(2.0)) == 7.0
 
 
@@ -86,13 +86,13 @@ def test_a_cache_that_cannot_be_made_or_written_is_done_without(folder):
     compilation_cache.reset_cache()
     compiled()
     shutil.rmtree(folder)  # now nothing can be written into it
-    with compute.compiling():
+    with compute.compiling:
         assert jax.jit(lambda x: x * 5.0)(np.float32(2.0)) == 10.0
     assert not folder.exists()
 
 
 def test_other_warnings_pass_through(folder):
-    with pytest.warns(UserWarning, match="something else"), compute.compiling():
+    with pytest.warns(UserWarning, match="something else"), compute.compiling:
         compute.warnings.warn("something else", stacklevel=1)
 
 
@@ -132,6 +132,7 @@ DEVICES = """
         lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None)
     for trainer in trainers:
         trainer.warm_up()
+        assert trainer.state
         before = len(compiled)
         assert before
         for record in records:
