@@ -24,7 +24,7 @@ def mesh(devices: int, batch: int) -> Mesh:
     if devices > len(found):
         raise RunError(f"--devices {devices}: this machine has {len(found)} ({found[0].device_kind})")
     if batch % devices:
-        raise RunError(f"--devices {devices}: agent.batch = {batch} cannot be split evenly; give a multiple of {devices}")
+        raise RunError(f"--devices {devices}: agent.batch = {batch} cannot be split evenly; use a multiple")
     return Mesh(np.array(found[:devices]), ("batch",))
 
 
@@ -33,7 +33,7 @@ def keep_compiled() -> None:
 
     A folder that cannot be written is not used: then it compiles each time.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tether" / "jax"
@@ -43,6 +43,7 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        compiling.folder = folder
 
 
 class Compiling:
@@ -52,6 +53,7 @@ class Compiling:
     """
 
     def __init__(self) -> None:
+        self.folder: Path | None = None  # of the cache
         self._lock, self._inside = threading.Lock(), 0
         self._catch = warnings.catch_warnings(record=True)
 
@@ -68,14 +70,13 @@ class Compiling:
             self._inside -= 1
             if self._inside:
                 return
-            self._catch.__exit__(*error)
-            folder = jax.config.jax_compilation_cache_dir
+            self._catch.__exit__(None, None, None)
             for each in self._caught or ():
                 if "persistent compilation cache" not in str(each.message):
                     warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-                elif folder:
+                elif self.folder is not None:
                     with suppress(OSError):
-                        _prune(Path(folder), -1)  # empty files too
+                        _prune(self.folder, -1)  # empty files too
 
 
 compiling = Compiling()

@@ -95,7 +95,7 @@ class Trainer:
         utd, rows = self.agent.utd, self.agent.batch
         n, m = self.task.observation_size, len(self.task.rest)
         widths = {"obs": n, "action": m, "prev_action": m, "next_obs": n, "next_prev_action": m}
-        shapes = {name: (utd, rows, width) for name, width in widths.items()}
+        shapes: dict[str, tuple[int, ...]] = {name: (utd, rows, width) for name, width in widths.items()}
         shapes |= {name: (utd, rows) for name in ("reward", "discount")}
         batches = {k: jax.ShapeDtypeStruct(shape, np.float32, sharding=self._split) for k, shape in shapes.items()}
         whole = partial(jax.ShapeDtypeStruct, sharding=self._everywhere)

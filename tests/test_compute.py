@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import FAKE, SETTINGS
+from tests.conftest import FAKE, SETTINGS, flags
 
 jax = pytest.importorskip("jax")
 
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
-from tether.launch import catalog, compute, config  # noqa: E402
-from tether.launch.trainer import Trainer  # noqa: E402
+from tether.launch import compute, config  # noqa: E402
+from tether.launch.cli import main  # noqa: E402
 
 KEPT = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 KEPT += ("jax_persistent_cache_min_entry_size_bytes",)
@@ -29,6 +29,7 @@ def folder(tmp_path, monkeypatch):
     """Where things are kept, in a process that has compiled nothing yet and was told no folder."""
     before = {name: getattr(jax.config, name) for name in KEPT}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compute.compiling, "folder", None)
     jax.config.update(KEPT[0], None)
     compilation_cache.reset_cache()
     yield tmp_path / "cache" / "tether" / "jax"
@@ -60,8 +61,10 @@ def test_what_was_compiled_is_found_again(folder):
     assert found() == before + 1
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: bytes(len(b)), lambda b: b[:-40]
-                                    + bytes(40), lambda b: b"\xff" + b[1:]])  # fmt: skip
+@pytest.mark.parametrize("damage", [
+    lambda b: b[: len(b) // 2], lambda b: b"", lambda b: bytes(len(b)), lambda b: b[:-40] + bytes(40),
+    lambda b: b"\xff" + b[1:],
+])  # fmt: skip
 def test_a_damaged_cache_costs_one_compilation(folder, damage):
     compute.keep_compiled()
     compiled()
@@ -167,23 +170,14 @@ def test_four_devices_learn_what_one_learns(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("devices, batch, says", [
-    (3, 32, r"--devices 3: this machine has 1 \(.+\)"),
-    (1, 32, ""),
-])  # fmt: skip
-def test_devices_that_are_not_there_are_named(tmp_path, monkeypatch, devices, batch, says):
+def test_devices_that_are_not_there_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("fake.toml").write_text(FAKE)
-    settings = config.load("cpu", "course", [*SETTINGS, f"agent.batch={batch}"])
-    make = lambda: Trainer(catalog.make_task(catalog.load_spec("fake.toml")), settings, 0, devices=devices)  # noqa: E731
-    if not says:
-        make()
-        return
-    with pytest.raises(config.RunError, match=says):
-        make()
+    assert main(["learner", "fake.toml", "--devices", "3", "--bind", "tcp://127.0.0.1:*", *flags(*SETTINGS)]) == 2
+    assert "error: --devices 3: this machine has 1 (cpu)\n" in capsys.readouterr().err
 
 
 def test_a_batch_that_cannot_be_split_evenly_says_so(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: list("abc"))
-    with pytest.raises(config.RunError, match="agent.batch = 32 .* a multiple of 3"):
+    with pytest.raises(config.RunError, match="agent.batch = 32 .* use a multiple"):
         compute.mesh(3, 32)
