@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -35,6 +36,7 @@ class Job:
     start: str = ""  # a run whose weights to begin with
     resume: bool = False
     tensorboard: bool = False
+    devices: int = 1
 
 
 class Journal:
@@ -71,7 +73,11 @@ class Journal:
 
 
 class Learner:
-    """One training: a Trainer between a link and a run folder."""
+    """One training: a Trainer between a link and a run folder.
+
+    It compiles in a thread of its own while actors start and connect; they wait for the first weights, which
+    `ready` gives out.
+    """
 
     def __init__(self, job: Job, log: Log) -> None:
         self.job, self.log = job, log
@@ -80,7 +86,9 @@ class Learner:
         if others := {meta.robot for meta, _ in prior} - {job.spec.robot}:
             raise config.RunError(f"--prior: recorded on {', '.join(others)}; this task's robot is {job.spec.robot}")
         task, experience = catalog.make_task(job.spec), [records for _, records in prior]
-        self.trainer = Trainer(task, job.config, job.seed, experience)
+        self.trainer = Trainer(task, job.config, job.seed, experience, job.devices)
+        log.note("compiling the update")
+        self._compiled = ThreadPoolExecutor(1).submit(self.trainer.warm_up)
         self._first_lap, self._actors = False, 0
         self._trouble = ""  # as last told
         self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
@@ -95,14 +103,17 @@ class Learner:
             "auto_reset": job.config.actor.auto_reset,
         }  # fmt: skip
         self.link = LearnerLink(job.bind, catalog.stream_meta(job.spec), welcome, self.journal, expected)
-        self.log.note("compiling the update")
-        self.trainer.warm_up()  # actors may connect meanwhile; they wait for the first weights
+
+    def ready(self) -> None:
+        """Wait for the compiled update and let the actors have the first weights."""
+        self._compiled.result()
         self._publish()
 
     def run(self, stopped: Callable[[], str]) -> dict[str, Any]:
         """Train until the steps are done or `stopped()` says why to end. Returns what a caller reports."""
-        started = time.monotonic()
         try:
+            self.ready()
+            started = time.monotonic()
             while self.trainer.steps < self.job.config.learner.steps and not stopped():
                 self._turn()
             self.link.stop(stopped() or "training is done")
@@ -180,6 +191,8 @@ class Learner:
         if warning:
             self._warn(warning)
         expected = {}
+        if self.job.resume:
+            self._compiled.result()  # not compiled twice
         for meta, records in read_streams(self.job.folder / "steps") if self.job.resume else ():
             for record in records:
                 self.trainer.push(meta.stream, record, train=record.seq > cursor.get(meta.stream, 0))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ..agents import snapshot
 from ..agents.replay import Batch, Replay, Strata, minibatches
 from ..robot_env.record import Record
 from ..robot_env.sample import Fold, samples
 from ..robot_env.task import Task
-from . import catalog
+from . import catalog, compute
 from .config import Config
 from .evaluate import Episodes
+
+ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of what runs only once
 
 
 class Diverged(RuntimeError):
@@ -28,10 +32,12 @@ class Trainer:
     """The learner's state and what moves it.
 
     `push` inserts one record and makes the updates of that step, on exactly the records so far: the same
-    seed and records give the same weights.
+    seed and records give the same weights. On several `devices` each of them takes its share of every batch.
     """
 
-    def __init__(self, task: Task, config: Config, seed: int, prior: Iterable[Iterable[Record]] = ()) -> None:
+    def __init__(
+        self, task: Task, config: Config, seed: int, prior: Iterable[Iterable[Record]] = (), devices: int = 1
+    ) -> None:
         self.task, self.config = task, config
         self._algorithm = catalog.algorithm(config.algorithm)
         self.agent = self._algorithm.Config(**config.agent)
@@ -45,13 +51,25 @@ class Trainer:
         self._strata = Strata(self.replay, self.prior, *mini_batches, future=task.spec.hindsight > 0.0)
         # steps before the first update; with prior data updates begin at once
         self.start_steps = 1 if len(self.prior) else config.learner.start_steps
-        self.state = self._algorithm.init(self.agent, jax.random.key(seed), *sizes)
+        compute.keep_compiled()
+        mesh = compute.mesh(devices, self.agent.batch)
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec(None, "batch"))  # (utd, batch, ...)
+        self._key = jax.random.key(seed)
+        self._init = self._algorithm.init.lower(self.agent, self._key, *sizes)
         self._rng = np.random.default_rng(seed)
         self._streams: dict[str, tuple[Fold, Episodes]] = {}
         self.steps = 0
         self.updates = 0
         self.update_s = 0.0  # spent in updates, sampling included
-        self._metrics: dict[str, Any] = {}
+        self._metrics: dict[str, Any] = {}  # of the newest update, which may go on
+        self._ended: dict[str, Any] = {}  # of the one before
+
+    @cached_property
+    def state(self) -> Any:
+        """All that is learned. The first to ask makes a fresh one."""
+        with compute.compiling:
+            return self._placed(self._init.compile(ONCE)(self._key))
 
     @property
     def cursor(self) -> dict[str, int]:
@@ -75,15 +93,17 @@ class Trainer:
         return metrics
 
     def warm_up(self) -> None:
-        """Compile the update before anything moves. The state stays as it is."""
-        copy = jax.tree.map(lambda x: x.copy(), self.state)
-        blank = self.replay.blank(self.agent.utd * self.agent.batch)
-        batches = minibatches(blank, self.agent.utd, self.agent.batch)
-        jax.block_until_ready(self._algorithm.update(self.agent, copy, batches))
+        """Compile the update before anything moves. From shapes, so that the state can be made meanwhile."""
+        blank = minibatches(self.replay.blank(self.agent.utd * self.agent.batch), self.agent.utd, self.agent.batch)
+        batches = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self._split) for k, v in blank.items()}
+        whole = partial(jax.ShapeDtypeStruct, sharding=self._everywhere)
+        with compute.compiling:
+            state = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
+            self._algorithm.update.lower(self.agent, state, batches).compile()
 
     def metrics(self) -> dict[str, float]:
-        """`learn/...` values of the newest update."""
-        out = {f"learn/{name}": float(value) for name, value in self._metrics.items()}
+        """`learn/...` values of the newest update that has ended: nothing waits for them."""
+        out = {f"learn/{name}": float(value) for name, value in (self._ended or self._metrics).items()}
         trained = max(self.steps - self.start_steps + 1, 1)
         return out | {
             "learn/updates": self.updates,
@@ -118,7 +138,8 @@ class Trainer:
         found = snapshot.load(folder, {"task": self.state})
         if found is None:
             return {}, ""
-        self.state, self.updates = found.states["task"], found.counters["updates"]
+        self.state = self._placed(found.states["task"])
+        self.updates = found.counters["updates"]
         self._rng.bit_generator.state = found.counters["replay_rng"]
         return found.counters["cursor"], found.warning
 
@@ -131,8 +152,12 @@ class Trainer:
         found = snapshot.load(folder, {"task": self.state})
         if found is None:
             raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
-        self.state = found.states["task"]
+        self.state = self._placed(found.states["task"])
         return found.warning
+
+    def _placed(self, state: Any) -> Any:
+        """The same, whole on every device."""
+        return jax.device_put(state, self._everywhere)
 
     def _finite(self, tree: Any) -> Any:
         """The same, where all its numbers are finite."""
@@ -150,7 +175,8 @@ class Trainer:
         start = time.perf_counter()
         batches = minibatches(self._sample(), self.agent.utd, self.agent.batch)
         # one update in flight, while the next batch is drawn; the one after that takes its batch's place
-        jax.block_until_ready((self.state, self._metrics))
+        self._ended, _ = jax.block_until_ready((self._metrics, self.state))
+        batches = jax.device_put(batches, self._split)
         self.state, self._metrics = self._algorithm.update(self.agent, self.state, batches)
         self.updates += self.agent.utd
         self.update_s += time.perf_counter() - start

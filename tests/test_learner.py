@@ -46,6 +46,7 @@ def learner(*more: str, resume: bool = False):
         made = Learner(job, log)
         made.link.wait_closed = lambda timeout: True  # the actors here never leave
         try:
+            made.ready()
             yield made, said
         finally:
             made.link.close()
