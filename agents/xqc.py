@@ -58,7 +58,7 @@ def project(cfg: Config, probabilities: jax.Array, places: jax.Array) -> jax.Arr
     """(b, atoms) probabilities at (b, atoms) places -> (b, atoms) on the atoms: each shared by its two neighbours."""
     spacing = 2 * cfg.reach / (cfg.atoms - 1)
     places = jnp.clip(places, -cfg.reach, cfg.reach)
-    share = jnp.clip(1.0 - jnp.abs(places[:, :, None] - _support(cfg)) / spacing, 0.0, 1.0)  # (b, from, to)
+    share = jnp.clip(1.0 - jnp.abs(places[:, :, None] - _support(cfg)[None, None]) / spacing, 0.0, 1.0)  # (b, from, to)
     return jnp.einsum("bf,bft->bt", probabilities, share)
 
 
@@ -73,7 +73,7 @@ def _fit(
     following = jax.nn.softmax(logits[:, rows:])
     least = (following @ support).argmin(0)
     chosen = jnp.take_along_axis(following, least[None, :, None], 0)[0]
-    places = (batch["reward"] / batch["return_scale"])[:, None] + batch["discount"][:, None] * (support + bonus[:, None])
+    places = (batch["reward"] / batch["return_scale"])[:, None] + batch["discount"][:, None] * (support[None] + bonus[:, None])
     goal = project(cfg, chosen, places)
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
