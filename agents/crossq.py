@@ -59,7 +59,7 @@ def _fit(
         q, stats = _module(cfg).apply(critic | {"params": params}, obs, action, True, mutable=["stats"])
         q, following = q[:, :rows, 0], lax.stop_gradient(q[:, rows:, 0])
         y = batch["reward"] + batch["discount"] * (following.min(0) + bonus)
-        return jnp.square(q - y).mean(), (q.mean(), stats)
+        return jnp.square(q - y[None]).mean(), (q.mean(), stats)
 
     (loss, (q, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(critic["params"])
     return loss, q, grads, stats

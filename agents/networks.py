@@ -34,12 +34,12 @@ class BatchNorm(nn.Module):
         m, v = mean.value, var.value
         if train:
             m = x.mean(-2).reshape(shape)
-            v = jnp.square(x - m).mean(-2).reshape(shape)
+            v = jnp.square(x - jnp.broadcast_to(m, x.shape)).mean(-2).reshape(shape)
             if not self.is_initializing():
                 mean.value = MOMENTUM * mean.value + (1.0 - MOMENTUM) * m
                 var.value = MOMENTUM * var.value + (1.0 - MOMENTUM) * v
         gain = scale * jax.lax.rsqrt(v + BATCH_EPSILON)
-        return x * gain + (bias - m * gain)
+        return x * jnp.broadcast_to(gain, x.shape) + jnp.broadcast_to(bias - m * gain, x.shape)
 
 
 class Actor(nn.Module):

@@ -78,7 +78,7 @@ def _fit(
 
     def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
         q = _q(cfg, {"params": params}, batch["obs"], batch["action"], online_key)
-        return jnp.square(q - y).mean(), q.mean()
+        return jnp.square(q - y[None]).mean(), q.mean()
 
     (loss, q), grads = jax.value_and_grad(loss_of, has_aux=True)(critic["params"])
     return loss, q, grads, {}

@@ -79,7 +79,7 @@ def _fit(
     chosen = jnp.take_along_axis(following, least[None, :, None], 0)[0]
     scale = jnp.maximum(batch["return_max"], 1e-6) / (FILLED * cfg.reach)
     reward = batch["reward"] / scale
-    places = reward[:, None] + batch["discount"][:, None] * (support + bonus[:, None])
+    places = reward[:, None] + batch["discount"][:, None] * (support[None] + bonus[:, None])
     goal = project(cfg, chosen, places)
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
