@@ -25,7 +25,7 @@ def batches_of(cfg, utd, seed=0):
     return {
         "obs": 2 * draw(OBS), "action": draw(ACT), "prev_action": draw(ACT), "reward": 3 * draw(),
         "discount": discount, "next_obs": 2 * draw(OBS), "next_prev_action": draw(ACT),
-        "return_scale": np.full((utd, cfg.batch), 1.7, np.float32),
+        "return_max": np.full((utd, cfg.batch), 6.8, np.float32),
     }  # fmt: skip
 
 
@@ -349,7 +349,8 @@ class Xqc:
         following = np.stack([softmax(critic(cfg, p, "batch", obs, action)[0][rows:]) for p in targets])
         least = (following @ support).argmin(0)
         chosen = following[least, np.arange(rows)]
-        places = (b["reward"] / b["return_scale"])[:, None] + b["discount"][:, None] * (support + bonus[:, None])
+        scale = b["return_max"] / (0.8 * cfg.reach)
+        places = (b["reward"] / scale)[:, None] + b["discount"][:, None] * (support + bonus[:, None])
         goal = project(cfg, chosen, places)
         losses, values, grads, made = [], [], [], []
         for p in critics:
@@ -360,7 +361,7 @@ class Xqc:
             dlogits = np.concatenate([(share - goal) / (len(critics) * rows), np.zeros_like(share)])
             grads.append(back(dlogits)[1])
             made.append(new)
-        return np.mean(losses), np.mean(values) * b["return_scale"].mean(), grads, made
+        return np.mean(losses), np.mean(values) * scale.mean(), grads, made
 
     def value(self, cfg, critics, obs, action, masks):
         support = np.linspace(-cfg.reach, cfg.reach, cfg.atoms)
