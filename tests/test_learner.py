@@ -111,6 +111,7 @@ def poison(trainer: Trainer, at: int) -> None:
             state = state._replace(actor=jax.tree.unflatten(jax.tree.structure(state.actor), [first * np.nan, *rest]))
         return state, metrics
 
+    update.lower = algorithm.update.lower  # it is compiled before
     trainer._algorithm = SimpleNamespace(**vars(algorithm) | {"update": update})
 
 
