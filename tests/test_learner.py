@@ -163,6 +163,23 @@ def test_a_resumed_learner_has_the_weights_of_one_that_was_never_interrupted(dam
     assert_same(params, whole.policy())
 
 
+def test_a_resumed_learner_trains_on_no_more_steps_than_it_was_told_to():
+    """Records that came after the last step it trains on lie in steps/, too."""
+    records = drive(STEPS + 20)
+    with learner() as (one, _), actor(one.link.address, records[:20]) as (link, _):
+        while one.trainer.steps < 15:
+            one._turn()
+        one.trainer.save(Path("run/snapshots"))
+        for record in records[20:]:
+            link.send(record.seq, encode(record))
+        while max(one.trainer.cursor.values()) < records[-1].seq:
+            one._turn()
+    with learner(resume=True) as (two, _):
+        whole = trained(stored())
+        assert whole.steps > STEPS
+        assert (two.trainer.steps, two.trainer.updates) == (whole.steps, whole.updates)
+
+
 @pytest.mark.parametrize("publish_every", [1, 1000])
 def test_a_training_that_diverges_ends_in_one_line_and_nothing_of_it_is_sent_or_saved(publish_every):
     first_run()
