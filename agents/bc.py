@@ -21,7 +21,7 @@ from . import sac
 from .networks import Actor, window
 from .sac import AVERAGED, Batch, Variables, frozen, policy_params, policy_spec
 
-__all__ = ["Config", "State", "act", "frozen", "init", "policy_params", "policy_spec", "update"]
+__all__ = ["Config", "State", "act", "frozen", "held_out", "init", "policy_params", "policy_spec", "update"]
 
 EDGE = 0.999  # of the squashed action, so that its inverse stays finite
 STD_MIN = -5.0  # log; a teacher without noise would drive it to minus infinity
@@ -84,6 +84,12 @@ def update(cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, 
     carry = (state.actor["params"], state.average["params"], state.actor_opt)
     (params, average, opt), errors = lax.scan(step, carry, batches)
     return State({"params": params}, {"params": average}, opt), {"actor_loss": errors.mean()}
+
+
+@partial(jax.jit, static_argnames="cfg")
+def held_out(cfg: Config, state: State, batch: Batch) -> jax.Array:
+    """The squared error on one mini-batch that was not trained on; leaves (batch, ...)."""
+    return _loss(cfg, state.actor["params"], batch)[1]
 
 
 def _module(cfg: Config, action_size: int) -> Any:

@@ -21,7 +21,7 @@ from . import sac
 from .networks import Critics
 from .sac import Batch, State, Variables
 
-__all__ = ["Config", "State", "act", "frozen", "init", "policy_params", "policy_spec", "update"]
+__all__ = ["Config", "State", "act", "frozen", "held_out", "init", "policy_params", "policy_spec", "update"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,6 @@ def _value(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, ke
     return _module(cfg).apply(critic, obs, action)[..., 0].min(0)
 
 
-init, act, update, frozen, policy_params, policy_spec = sac.agent(
+init, act, update, held_out, frozen, policy_params, policy_spec = sac.agent(
     sac.Critic(_make, _fit, _value, has_target=False, batch_norm=True)
 )

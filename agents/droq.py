@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import rlpd
-from .rlpd import State, act, frozen, init, policy_params, policy_spec, update
+from .rlpd import State, act, frozen, held_out, init, policy_params, policy_spec, update
 
-__all__ = ["Config", "State", "act", "frozen", "init", "policy_params", "policy_spec", "update"]
+__all__ = ["Config", "State", "act", "frozen", "held_out", "init", "policy_params", "policy_spec", "update"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from . import native, sac
 from .networks import Critics
 from .sac import Batch, State, Variables
 
-__all__ = ["Config", "State", "act", "frozen", "init", "policy_params", "policy_spec", "update"]
+__all__ = ["Config", "State", "act", "frozen", "held_out", "init", "policy_params", "policy_spec", "update"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,6 @@ def _value(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, ke
     return _q(cfg, critic, obs, action, key).mean(0)
 
 
-init, act, update, frozen, policy_params, policy_spec = sac.agent(
+init, act, update, held_out, frozen, policy_params, policy_spec = sac.agent(
     sac.Critic(_make, _fit, _value, lambda cfg: _fit_all if cfg.native else None)
 )

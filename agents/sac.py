@@ -196,19 +196,21 @@ def update(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple[S
 
 def _critics(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, jax.Array]]:
     key, next_key, fit_key = jax.random.split(state.key, 3)
-    temperature = jnp.exp(state.log_temperature)
     # the actor is constant until the critics are done: one forward pass for all mini-batches
-    next_action, log_prob = sample(
-        cfg, critic, state.actor, batches["next_obs"], batches["next_prev_action"], next_key
-    )
-    bonus = -temperature * log_prob if cfg.backup_entropy else jnp.zeros_like(log_prob)
-
-    keys = jax.random.split(fit_key, log_prob.shape[0])
+    next_action, bonus = _following(critic, cfg, state, batches, next_key)
+    keys = jax.random.split(fit_key, bonus.shape[0])
     fit = critic.at_once(cfg) or partial(fit_all, critic)
     online, target, opt, losses, values = fit(cfg, state, batches, next_action, bonus, keys)
-    done = state.updates + log_prob.shape[0]
+    done = state.updates + bonus.shape[0]
     state = state._replace(critic=online, target=target, critic_opt=opt, updates=done, key=key)
     return state, {"critic_loss": losses.mean(), "q_mean": values.mean()}
+
+
+def _following(critic: Critic, cfg: Config, state: State, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The next action of the policy, and what entropy adds to its value."""
+    action, log_prob = sample(cfg, critic, state.actor, batch["next_obs"], batch["next_prev_action"], key)
+    bonus = -jnp.exp(state.log_temperature) * log_prob if cfg.backup_entropy else jnp.zeros_like(log_prob)
+    return action, bonus
 
 
 def fit_all(
@@ -302,7 +304,8 @@ def _descend(tx: optax.GradientTransformation, grads: Any, opt: optax.OptState, 
 
 
 def agent(critic: Critic) -> tuple[Callable[..., Any], ...]:
-    """The functions of an algorithm with this critic: init, act, update, frozen, policy_params, policy_spec."""
+    """The functions of an algorithm with this critic: init, act, update, held_out, frozen, policy_params,
+    policy_spec."""
 
     @partial(jax.jit, static_argnames=("cfg", "obs_size", "action_size"))
     def made(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> State:
@@ -319,7 +322,14 @@ def agent(critic: Critic) -> tuple[Callable[..., Any], ...]:
     def updated(cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, jax.Array]]:
         return update(critic, cfg, state, batches)
 
-    return made, act, updated, frozen, policy_params, policy_spec
+    @partial(jax.jit, static_argnames="cfg")
+    def held_out(cfg: Config, state: State, batch: Batch) -> jax.Array:
+        """The critics' loss on one mini-batch that they were not trained on; leaves (batch, ...)."""
+        keys = jax.random.split(state.key)
+        next_action, bonus = _following(critic, cfg, state, batch, keys[0])
+        return critic.fit(cfg, state.critic, state.target, batch, next_action, bonus, keys[1])[0]
+
+    return made, act, updated, held_out, frozen, policy_params, policy_spec
 
 
 def frozen(state: State) -> State:

@@ -24,7 +24,7 @@ from . import sac
 from .networks import Critics
 from .sac import Batch, State, Variables
 
-__all__ = ["Config", "State", "act", "frozen", "init", "policy_params", "policy_spec", "update"]
+__all__ = ["Config", "State", "act", "frozen", "held_out", "init", "policy_params", "policy_spec", "update"]
 
 FILLED = 0.8  # of the reach, by the largest return: the rest is for entropy, and for what is still to come
 
@@ -96,6 +96,6 @@ def _value(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, ke
     return (jax.nn.softmax(_module(cfg).apply(critic, obs, action)) @ _support(cfg)).min(0)
 
 
-init, act, update, frozen, policy_params, policy_spec = sac.agent(
+init, act, update, held_out, frozen, policy_params, policy_spec = sac.agent(
     sac.Critic(_make, _fit, _value, unit_kernels=True, batch_norm=True)
 )

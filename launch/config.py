@@ -55,6 +55,7 @@ class Learner:
     snapshot_every_s: float = 60.0
     replay_capacity: int = 1_000_000
     log_every: int = 200  # steps between two lines of learn/ metrics
+    held_out: int = 20  # one block of 50 steps in so many is kept from training, to measure on; 0: none
     prior_share: float = 0.5  # of each mini-batch, where there is prior data; takeovers count as such too
     prior_share_end: float = 0.0  # reached after prior_anneal updates, linearly
     prior_anneal: int = 0  # updates; 0: prior_share stays as it is
@@ -64,7 +65,7 @@ class Learner:
             if name in ("prior_share", "prior_share_end"):
                 if not 0 <= value <= 1:
                     raise ValueError(f"{name} = {value:g}: must lie between 0 and 1")
-            elif name == "prior_anneal":
+            elif name in ("prior_anneal", "held_out"):
                 if value < 0:
                     raise ValueError(f"{name} = {value:g}: must not be negative")
             elif value < 1:

@@ -21,6 +21,7 @@ from .trainer import Trainer
 from .transport import LearnerLink
 
 POLL_S = 0.05
+OVERFIT, OVERFIT_LOGS = 5.0, 5  # held-out over trained-on loss, for so many logs in a row
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Learner:
         self._compiled = ThreadPoolExecutor(1).submit(self.trainer.warm_up)
         self._first_lap, self._actors = False, 0
         self._trouble = ""  # as last told
+        self._overfit, self._warned = 0, False  # logs in a row
         self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
         self._saved = time.monotonic()
         self._version = 0
@@ -166,6 +168,7 @@ class Learner:
 
     def _measure(self) -> None:
         values = self.trainer.metrics()
+        self._look_at(values)
         actors = self.link.status().values()
         values["link/steps_received"] = sum(actor.received for actor in actors)
         values["link/weights_version"] = self._version
@@ -174,6 +177,18 @@ class Learner:
         for actor in actors:
             values |= actor.report["stats"]
         self.log.write(self.trainer.steps, values)
+
+    def _look_at(self, values: dict[str, float]) -> None:
+        """Warn once when the critics fit what they have seen much better than what they have not (AVTD)."""
+        seen = values.get("learn/critic_loss", values.get("learn/actor_loss", 0.0))
+        apart = values.get("learn/held_out_loss", 0.0) > OVERFIT * max(seen, 1e-6)
+        self._overfit = self._overfit + 1 if apart else 0
+        if self._overfit == OVERFIT_LOGS and not self._warned:
+            self._warned = True
+            self._warn(
+                f"the loss on steps that were held out is {OVERFIT:.0f} times that on steps trained on: the critics "
+                "learn by heart; fewer updates a step (agent.utd) or dropout (agent.algorithm=droq) help"
+            )
 
     def _publish(self) -> None:
         self._version = max(self._version + 1, self.trainer.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ..agents import snapshot
 from ..agents.replay import Batch, Replay, Strata, minibatches
 from ..robot_env.record import Record
-from ..robot_env.sample import Fold, samples
+from ..robot_env.sample import Fold, Sample, samples
 from ..robot_env.task import Task
 from . import catalog, compute
 from .config import Config
 from .evaluate import Episodes
 
 ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of what runs only once
+
+
+BLOCK = 50  # steps that are held out together: neighbours tell too much of each other
+ASIDE = 20_000  # steps kept of them
 
 
 class Diverged(RuntimeError):
@@ -64,6 +69,8 @@ class Trainer:
         self.update_s = 0.0  # spent in updates, sampling included
         self._metrics: dict[str, Any] = {}  # of the newest update, which may go on
         self._ended: dict[str, Any] = {}  # of the one before
+        self._aside = Replay(min(ASIDE, shape[0]), *shape[1:])  # held out
+        self._measured: jax.Array | None = None  # the loss on it at the last `metrics`
 
     @cached_property
     def state(self) -> Any:
@@ -84,13 +91,23 @@ class Trainer:
         """Insert a record and make its step's updates. Returns the `env/...` metrics it completes."""
         fold, episodes = self._streams.setdefault(stream, (Fold(self.task), Episodes()))
         for sample in fold.push(record):
-            self.replay.add((stream, sample.part), sample)
+            self._insert((stream, sample.part), sample, episodes.steps)
         metrics = episodes.push(record)
         if record.action is not None:
             self.steps += 1
             if train and self.steps >= self.start_steps and len(self.replay):
                 self._update()
         return metrics
+
+    def _insert(self, stream: tuple[str, int], sample: Sample, step: int) -> None:
+        """Put a stream's sample where it belongs: some blocks of steps are held out from training."""
+        every, block = self.config.learner.held_out, step // BLOCK
+        held = every > 0 and block % every == every - 1
+        self.replay.add(stream, replace(sample, train=False) if held else sample)
+        if held:
+            self._aside.add((*stream, block), sample)
+        elif every and block and block % every == 0 and step % BLOCK == 0:  # successor of the last one held
+            self._aside.add((*stream, block - 1), sample)
 
     def warm_up(self) -> None:
         """Compile the update before anything moves. From shapes, so that the state can be made meanwhile."""
@@ -104,6 +121,12 @@ class Trainer:
     def metrics(self) -> dict[str, float]:
         """`learn/...` values of the newest update that has ended: nothing waits for them."""
         out = {f"learn/{name}": float(value) for name, value in (self._ended or self._metrics).items()}
+        if self._measured is not None:
+            out["learn/held_out_loss"] = float(self._measured)
+        measure = getattr(self._algorithm, "held_out", None)  # those that plug in need not
+        if measure and len(self._aside) >= self.agent.batch:  # told next time: nothing waits for it
+            batch = self._aside.sample(np.random.default_rng(self.steps), self.agent.batch)
+            self._measured = measure(self.agent, self.state, batch)
         trained = max(self.steps - self.start_steps + 1, 1)
         return out | {
             "learn/updates": self.updates,

@@ -18,6 +18,7 @@ from tests.conftest import FAKE, SETTINGS
 jax = pytest.importorskip("jax")
 
 from tether.agents.snapshot import SnapshotError  # noqa: E402
+from tether.launch import trainer as trainer_module  # noqa: E402
 from tether.launch.learner import Job, Learner  # noqa: E402
 from tether.launch.log import Log  # noqa: E402
 from tether.launch.trainer import Diverged, Trainer  # noqa: E402
@@ -246,3 +247,29 @@ def test_weights_that_an_actor_refuses_are_told_once():
         for _ in range(3):
             one._turn()
     assert said.getvalue().count("refuses newer ones: 'weights 9: \\x1b[2Jnot finite'") == 1
+
+
+def drawable(replay) -> set[bytes]:
+    """The observations that can be drawn."""
+    rows = replay.sample(np.random.default_rng(0), 4000)["obs"]
+    return {row.tobytes() for row in rows}
+
+
+def test_blocks_of_steps_are_held_out_and_measured_on(monkeypatch):
+    monkeypatch.setattr(trainer_module, "BLOCK", 5)
+    records = drive(300)
+    every, none = trained(records, "learner.held_out=4"), trained(records, "learner.held_out=0")
+    apart, rest, whole = drawable(every._aside), drawable(every.replay), drawable(none.replay)
+    assert not apart & rest and apart | rest == whole
+    assert len(apart) == pytest.approx(len(whole) / 4, rel=0.2)
+    every.metrics()
+    found = every.metrics()  # told the next time, so that nothing waits
+    assert found["learn/held_out_loss"] > 0 and "learn/held_out_loss" not in none.metrics() | none.metrics()
+
+
+def test_critics_that_learn_by_heart_are_told_of_once():
+    with learner() as (one, said):
+        for apart, times in ((5.1, 4), (4.9, 1), (5.1, 5), (9.0, 9)):
+            for _ in range(times):
+                one._look_at({"learn/critic_loss": 1.0, "learn/held_out_loss": apart})
+    assert said.getvalue().count("learn by heart") == 1
