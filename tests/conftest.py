@@ -23,6 +23,7 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # nothing is read from, or left in, the home of who runs the tests
 os.environ["HOME"] = _home = tempfile.mkdtemp(prefix="tether-home-")
 os.environ.pop("TETHER_KEYS", None)
+os.environ.pop("XDG_CACHE_HOME", None)
 atexit.register(shutil.rmtree, _home, ignore_errors=True)
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # many processes compile the same small update
