@@ -18,7 +18,7 @@ test-slow: $(VENV)/dev
 
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest -m bench
-	$(BIN)/python tests/bench/run.py
+	$(BIN)/python -m tests.bench.run
 
 # Learning curves of tether and of sbx on the same environment: a JSON a seed, a table, an SVG (tests/bench/curves.py).
 curves: SEEDS = 0 1 2

@@ -176,7 +176,7 @@ static void forward(Room& room, const Shape& s, const Leaves& p, int per_layer, 
           z[j] = n[j] * gain[j] + shift[j];
         }
       }
-      for (int j = 0; j < w; ++j) z[j] = z[j] > 0 ? z[j] : 0;
+      for (int j = 0; j < w; ++j) z[j] = z[j] < 0 ? 0 : z[j];  // NaN stays
     }
     x = tape.out[i], in = w;
   }
@@ -341,7 +341,10 @@ static ffi::Error Update(F32 x, F32 next, F32 reward, F32 discount, F32 bonus, f
       barrier.wait();
       for (int r = 0; r < s.batch; ++r) {
         float least = following[r];
-        for (int z = 1; z < s.subset; ++z) least = std::min(least, following[size_t(z) * s.batch + r]);
+        for (int z = 1; z < s.subset; ++z) {
+          const float other = following[size_t(z) * s.batch + r];
+          least = other < least || std::isnan(other) ? other : least;
+        }
         const size_t at = size_t(u) * s.batch + r;
         y[r] = reward.typed_data()[at] + discount.typed_data()[at] * (least + bonus.typed_data()[at]);
       }
