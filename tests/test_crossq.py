@@ -68,5 +68,6 @@ def test_an_actor_update_every_second_of_four_is_two_calls_of_two():
     for name, value in metrics.items():
         assert float(value) == pytest.approx(np.mean([float(one[name]) for one in said]), rel=1e-4), name
     for name in ("actor", "average", "critic"):
-        assert not np.array_equal(flat(getattr(state, name))["dense0/kernel"], flat(getattr(start, name))["dense0/kernel"])
-        reference.same(getattr(state, name), flat(getattr(other, name)), CFG.critic_lr, 4)
+        before, now, want = (flat(getattr(one, name)) for one in (start, state, other))
+        assert not np.array_equal(before["dense0/kernel"], now["dense0/kernel"])
+        reference.same(getattr(state, name), want, CFG.critic_lr, 4)
