@@ -88,16 +88,18 @@ def check(cfg: Any, rules: dict[str, tuple[bool, str]]) -> None:
     for name in names.keys() & {"hidden", "actor_hidden"}:
         if names[name] is not None:
             object.__setattr__(cfg, name, tuple(names[name]))  # a list would not hash
-    rules = dict(rules)
+    first: dict[str, tuple[bool, str]] = {}
     for name in names.keys() & {"critic_lr", "actor_lr", "temp_lr", "adam_b1", "tau", "gamma"}:
-        rules[name] = 0 <= names[name] <= 1, "must lie between 0 and 1"
+        first[name] = 0 <= names[name] <= 1, "must lie between 0 and 1"
     for name in names.keys() & {"ensemble", "n_step", "utd"}:
-        rules[name] = names[name] >= 1, "must be at least 1"
+        first[name] = names[name] >= 1, "must be at least 1"
     delta = cfg.max_delta
-    rules["hidden"] = min(cfg.hidden, default=0) >= 1, "must be the widths of the layers"
-    rules["batch"] = cfg.batch >= 2 and cfg.batch % 2 == 0, "must be even, half of it is prior data"
-    rules["max_delta"] = delta is None or 0 < delta <= 2, "must lie in (0, 2] or be None"
-    for name, (holds, says) in rules.items():
+    for name in ("hidden", "actor_hidden"):
+        widths = getattr(cfg, name)
+        first[name] = widths is None or min(widths, default=0) >= 1, "must be the widths of the layers"
+    first["batch"] = cfg.batch >= 2 and cfg.batch % 2 == 0, "must be even, half of it is prior data"
+    first["max_delta"] = delta is None or 0 < delta <= 2, "must lie in (0, 2] or be None"
+    for name, (holds, says) in (first | rules).items():
         if not holds:
             raise ValueError(f"{name} = {names[name]}: {says}")
 

@@ -399,9 +399,8 @@ def update(algorithm, cfg, state, batches, drawn):
         critics = [adam.step(p, g) for adam, p, g in zip(adams, critics, grads, strict=True)]
         if algorithm.unit_kernels:
             critics = [unit(p) for p in critics]
-        targets = [
-            {k: (1 - cfg.tau) * t[k] + cfg.tau * p[k] for k in t} for t, p in zip(targets, critics, strict=bool(targets))
-        ]
+        for i, old in enumerate(targets):
+            targets[i] = {k: (1 - cfg.tau) * v + cfg.tau * critics[i][k] for k, v in old.items()}
         losses.append(loss)
         values.append(value)
     return SimpleNamespace(

@@ -189,7 +189,7 @@ def test_it_is_built_once_and_only_the_cache_folder_is_written_to(library, monke
 def test_without_a_compiler_it_says_what_is_missing(library, monkeypatch):
     library.unlink()
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(NativeError, match=r"agent.native needs a C\+\+ compiler \(c\+\+, g\+\+, clang\+\+\); install one"):
+    with pytest.raises(NativeError, match=r"agent.native needs a C\+\+ compiler \(c\+\+, .*\); install one"):
         rlpd.Config(native=True)
     rlpd.Config(native=False)
 
