@@ -22,6 +22,8 @@ from .transport import LearnerLink
 
 POLL_S = 0.05
 OVERFIT, OVERFIT_LOGS = 5.0, 5  # held-out over trained-on loss, for so many logs in a row
+TAKEN = 64  # records at once, so that a signal, a snapshot and a new actor need not wait for long
+MAX_BEHIND = 1024  # records that wait; the learner makes no updates for those above that, and says so in learn/utd
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Learner:
         self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
         self._saved = time.monotonic()
         self._version = 0
+        self._sent = 0, 0  # updates and steps when weights were
         expected = self._begin()
         self.journal = Journal(job.folder / "steps")
         random_steps = job.config.actor.random_steps  # of which a resumed run has made its share
@@ -131,9 +134,14 @@ class Learner:
     def _turn(self) -> None:
         """Take what has come, train on it, let the actors go on."""
         settings = self.job.config.learner
-        for stream, record in self.link.poll(POLL_S):
-            metrics = self.trainer.push(stream, record, train=self.trainer.steps < settings.steps)
-            self.link.set_run_until(stream, self.trainer.stream_steps(stream) + settings.max_lead)
+        streams = self.link.status()
+        for stream, record in self.link.poll(POLL_S, TAKEN):
+            # those that were allowed to go so far are not behind
+            behind = self.link.waiting > MAX_BEHIND + settings.max_lead * len(streams)
+            before = self.trainer.updates
+            metrics = self.trainer.push(stream, record, self.trainer.steps < settings.steps and not behind)
+            if self.trainer.updates > before:  # which took its time
+                self.link.set_run_until({stream: self.trainer.stream_steps(stream) + settings.max_lead})
             if metrics:
                 self.log.write(self.trainer.steps, metrics)
             if metrics.get("env/lap_clean") and not self._first_lap:
@@ -141,17 +149,17 @@ class Learner:
                 self.log.note(f"first clean lap at step {self.trainer.steps:,}: {metrics['env/lap_time_s']:.1f} s")
             if record.action is None:
                 continue
-            if self.trainer.steps % settings.publish_every == 0:
+            if self.trainer.updates > self._sent[0] and self.trainer.steps >= self._sent[1] + settings.publish_every:
                 self._publish()
             if self.trainer.steps % settings.log_every == 0:
                 self._measure()
-        for stream, actor in self.link.status().items():
-            self.link.set_run_until(stream, self.trainer.stream_steps(stream) + settings.max_lead)
+        self.link.set_run_until({name: self.trainer.stream_steps(name) + settings.max_lead for name in streams})
+        for stream, actor in streams.items():
             refused = actor.report.get("refused", "")
             if refused not in ("", self._refused.get(stream)):
                 self._refused[stream] = refused
                 self._warn(f"the actor of stream {stream} keeps its weights and refuses newer ones: {refused!r}")
-        actors = sum(actor.connected for actor in self.link.status().values())
+        actors = sum(actor.connected for actor in streams.values())
         if actors != self._actors:
             self._actors = actors
             self.log.note(f"actors connected: {actors}")
@@ -192,6 +200,7 @@ class Learner:
 
     def _publish(self) -> None:
         self._version = max(self._version + 1, self.trainer.steps)
+        self._sent = self.trainer.updates, self.trainer.steps
         self.link.publish(self._version, self.trainer.policy())
 
     def _warn(self, text: str) -> None:

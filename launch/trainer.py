@@ -61,7 +61,7 @@ class Trainer:
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(None, "batch"))  # (utd, batch, ...)
         self._key = jax.random.key(seed)
-        self._init = self._algorithm.init.lower(self.agent, self._key, *sizes)
+        self._init = jax.jit(self._algorithm.init, static_argnums=(0, 2, 3)).lower(self.agent, self._key, *sizes)
         self._rng = np.random.default_rng(seed)
         self._streams: dict[str, tuple[Fold, Episodes]] = {}
         self.steps = 0
@@ -116,7 +116,8 @@ class Trainer:
         whole = partial(jax.ShapeDtypeStruct, sharding=self._everywhere)
         with compute.compiling:
             state = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
-            self._algorithm.update.lower(self.agent, state, batches).compile()
+            if lower := getattr(self._algorithm.update, "lower", None):  # else it is compiled at its first call
+                lower(self.agent, state, batches).compile()
 
     def metrics(self) -> dict[str, float]:
         """`learn/...` values of the newest update that has ended: nothing waits for them."""

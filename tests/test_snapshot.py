@@ -173,7 +173,7 @@ def test_an_agent_of_other_settings_is_never_restored_in_part(tmp_path):
     fill(tmp_path, 2)
     state = fresh()
     wider = state._replace(critic=state.critic | {"value_bias": jax.numpy.zeros((4, 1))})
-    with pytest.raises(SnapshotError, match=r"task/critic/value_bias is float32\[3, 1\], .* float32\[4, 1\]"):
+    with pytest.raises(SnapshotError, match=r"task/critic/params/value_bias is float32\[3, 1\], .* float32\[4, 1\]"):
         snapshot.load(tmp_path, {"task": wider})
     whole = state._replace(log_temperature=jax.numpy.zeros((), int))
     with pytest.raises(SnapshotError, match="is float32.*needs int32.*resume with the settings"):

@@ -242,7 +242,7 @@ def test_several_actors_feed_one_learner():
         while len(found) < count * len(metas):
             for name, record in link.poll(PATIENCE):
                 found.append((name, record))
-                link.set_run_until(name, record.seq)
+                link.set_run_until({name: record.seq})
         for thread in threads:
             thread.join()
     for meta in metas:
@@ -600,11 +600,11 @@ def test_run_until_wakes_the_actor_and_never_falls():
         waiting = threading.Thread(target=lambda: reached.append(one.wait_run_until(7, PATIENCE)))
         reached = []
         waiting.start()
-        link.set_run_until(meta.stream, 7)
+        link.set_run_until({meta.stream: 7})
         waiting.join()
         assert reached == [True]
-        link.set_run_until(meta.stream, 3)
-        link.set_run_until("f" * 16, 9)  # unknown: nobody to tell
+        link.set_run_until({meta.stream: 3})
+        link.set_run_until({"f" * 16: 9})  # unknown: nobody to tell
         one.send(1, payload(1))
         collect(link, 1)
         until(one, lambda: len(one._spool) == 0)

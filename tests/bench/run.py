@@ -94,7 +94,7 @@ def link() -> dict[str, float]:
             start = time.perf_counter()
             send(1)
             learner.poll(10.0)
-            learner.set_run_until(meta.stream, seq)
+            learner.set_run_until({meta.stream: seq})
             actor.wait_run_until(seq, 10.0)
             trips.append(1e3 * (time.perf_counter() - start))
     actor.close()
