@@ -322,12 +322,6 @@ class Strata:
         return dict(self._rooms[0])
 
 
-def symmetric(online: Batch, prior: Batch) -> Batch:
-    """Half and half: row 0 online, row 1 prior, and so on, so every even-sized run of rows is half prior."""
-    pairs = {k: np.stack([v, prior[k]], axis=1) for k, v in online.items()}
-    return {k: v.reshape(-1, *v.shape[2:]) for k, v in pairs.items()}
-
-
 def minibatches(batch: Batch, utd: int, size: int) -> Batch:
     """(utd * size, ...) rows -> (utd, size, ...), in order. Any other number of rows is a ValueError."""
     return {k: v.reshape(utd, size, *v.shape[1:]) for k, v in batch.items()}

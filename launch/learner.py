@@ -90,7 +90,6 @@ class Learner:
             raise config.RunError(f"--prior: recorded on {', '.join(others)}; this task's robot is {job.spec.robot}")
         task, experience = catalog.make_task(job.spec), [records for _, records in prior]
         self.trainer = Trainer(task, job.config, job.seed, experience, job.devices)
-        log.note("compiling the update")
         self._compiled = ThreadPoolExecutor(1).submit(self.trainer.warm_up)
         self._first_lap, self._actors = False, 0
         self._trouble = ""  # as last told
@@ -107,6 +106,7 @@ class Learner:
             "random_steps": 0 if len(self.trainer.prior) else max(0, random_steps - self.trainer.steps),
             "auto_reset": job.config.actor.auto_reset,
         }  # fmt: skip
+        log.note("compiling the update")
         self.link = LearnerLink(job.bind, catalog.stream_meta(job.spec), welcome, self.journal, expected)
 
     def ready(self) -> None:

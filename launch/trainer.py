@@ -22,7 +22,7 @@ from . import catalog, compute
 from .config import Config
 from .evaluate import Episodes
 
-ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of what runs only once
+ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of what runs only once
 
 
 BLOCK = 50  # steps that are held out together: neighbours tell too much of each other
@@ -57,7 +57,7 @@ class Trainer:
         # steps before the first update; with prior data updates begin at once
         self.start_steps = 1 if len(self.prior) else config.learner.start_steps
         compute.keep_compiled()
-        mesh = compute.mesh(devices, self.agent.batch)
+        mesh = compute.mesh(devices, self.agent)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(None, "batch"))  # (utd, batch, ...)
         self._key = jax.random.key(seed)
@@ -75,8 +75,7 @@ class Trainer:
     @cached_property
     def state(self) -> Any:
         """All that is learned. The first to ask makes a fresh one."""
-        with compute.compiling:
-            return self._placed(self._init.compile(ONCE)(self._key))
+        return self._placed(self._init.compile(ONCE)(self._key))
 
     @property
     def cursor(self) -> dict[str, int]:
@@ -114,10 +113,9 @@ class Trainer:
         blank = minibatches(self.replay.blank(self.agent.utd * self.agent.batch), self.agent.utd, self.agent.batch)
         batches = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self._split) for k, v in blank.items()}
         whole = partial(jax.ShapeDtypeStruct, sharding=self._everywhere)
-        with compute.compiling:
-            state = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
-            if lower := getattr(self._algorithm.update, "lower", None):  # else it is compiled at its first call
-                lower(self.agent, state, batches).compile()
+        state = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
+        if lower := getattr(self._algorithm.update, "lower", None):  # else it is compiled at its first call
+            lower(self.agent, state, batches).compile()
 
     def metrics(self) -> dict[str, float]:
         """`learn/...` values of the newest update that has ended: nothing waits for them."""

@@ -10,7 +10,7 @@ jax = pytest.importorskip("jax")
 
 from tether.agents import rlpd, sac  # noqa: E402
 from tether.agents.networks import Critics  # noqa: E402
-from tether.agents.replay import Replay, minibatches, symmetric  # noqa: E402
+from tether.agents.replay import Replay, Strata, minibatches  # noqa: E402
 
 from tests import reference  # noqa: E402
 from tests.reference import ACT, OBS, batches_of  # noqa: E402
@@ -132,10 +132,10 @@ def point_replay(seed):
 def train_point(updates):
     online, prior, rng = point_replay(1), point_replay(2), np.random.default_rng(3)
     state = rlpd.init(POINT, jax.random.key(4), 2, 1)
-    half = POINT.utd * POINT.batch // 2
+    strata = Strata(online, prior, POINT.utd, POINT.batch)
     for _ in range(updates):
-        batch = symmetric(online.sample(rng, half), prior.sample(rng, half))
-        state, _ = rlpd.update(POINT, state, minibatches(batch, POINT.utd, POINT.batch))
+        batch = strata.draw(rng, 0.5)
+        state, _ = jax.block_until_ready(rlpd.update(POINT, state, minibatches(batch, POINT.utd, POINT.batch)))
     return state
 
 
