@@ -19,6 +19,7 @@ jax = pytest.importorskip("jax")
 from tether.agents import native, rlpd, sac  # noqa: E402
 from tether.agents.native import NativeError  # noqa: E402
 
+from tests import reference  # noqa: E402
 from tests.reference import ACT, OBS, batches_of, flat, moved, relative  # noqa: E402
 
 pytestmark = [
@@ -89,24 +90,34 @@ def test_losses_values_and_gradients_are_those_of_the_plain_updates(case):
             )
 
 
-def test_an_update_uses_it_goes_on_from_its_own_state_and_consumes_that():
-    """Two calls, each of two critics' updates, an actor's, and the same again: in a scan, the worst place."""
-    cfg = rlpd.Config(**ODD | {"batch": 12, "utd": 4}, ensemble=3, dropout=0.1, actor_every=2, max_delta=0.3)
-    start = jax.tree.map(np.asarray, moved(rlpd.init(cfg, jax.random.key(0), OBS, ACT))._replace(key=None))
-    found = []
-    for one in (cfg, replace(cfg, native=True)):
-        state, losses = start._replace(key=jax.random.key(1)), []
-        for seed in range(2):
-            before = state
-            state, metrics = rlpd.update(one, state, batches_of(cfg, 4, seed))
-            losses.append([float(metrics[name]) for name in ("critic_loss", "q_mean", "actor_loss", "entropy")])
-        leaves = jax.tree.leaves((before.critic, before.target, before.critic_opt))
-        assert all(leaf.is_deleted() for leaf in leaves)
-        found.append((losses, state))
-    np.testing.assert_allclose(found[1][0], found[0][0], rtol=2e-4)
-    assert int(found[1][1].critic_opt[0].count) == int(found[1][1].updates) == 8
-    assert jax.tree.structure(found[0][1]) == jax.tree.structure(found[1][1])
-    assert "tether_update" in rlpd.update.lower(replace(cfg, native=True), state, batches_of(cfg, 4)).as_text()
+WHOLE = rlpd.Config(
+    hidden=(16, 12), batch=8, utd=2, ensemble=3, subset=2, dropout=0.25, max_delta=0.3, init_temperature=0.7
+)
+
+
+def test_an_update_with_it_equals_numpy():
+    cfg = replace(WHOLE, native=True)
+    state, _ = reference.check_update(reference.Rlpd(), rlpd, cfg)
+    assert int(state.critic_opt[0].count) == 2
+    assert "tether_update" in rlpd.update.lower(cfg, state, batches_of(cfg, 2)).as_text()
+
+
+def test_updates_with_it_go_on_from_their_own_state_and_consume_that():
+    """Four in two groups, in a scan, are two calls of two."""
+    calls, scan = replace(WHOLE, native=True), replace(WHOLE, native=True, utd=4, actor_every=2)
+    batches = batches_of(scan, 4)
+    start = jax.tree.map(np.array, moved(rlpd.init(calls, jax.random.key(0), OBS, ACT))._replace(key=None))
+    state = start._replace(key=jax.random.key(1))
+    for u in (0, 2):
+        before = state
+        state, _ = rlpd.update(calls, state, {name: value[u : u + 2] for name, value in batches.items()})
+    assert all(x.is_deleted() for x in jax.tree.leaves((before.critic, before.target, before.critic_opt)))
+    assert int(state.critic_opt[0].count) == int(state.updates) == 4
+    other, _ = rlpd.update(scan, start._replace(key=jax.random.key(1)), batches)
+    assert jax.tree.structure(state) == jax.tree.structure(other)
+    for name in ("actor", "critic", "target"):
+        for leaf, value in flat(getattr(other, name)).items():
+            np.testing.assert_allclose(value, flat(getattr(state, name))[leaf], rtol=1e-4, atol=1e-5, err_msg=leaf)
 
 
 @pytest.mark.parametrize("where", ["obs", "next_obs", "action", "reward", "discount", "member 0", "member 1"])
@@ -189,7 +200,7 @@ def test_it_is_built_once_and_only_the_cache_folder_is_written_to(library, monke
 def test_without_a_compiler_it_says_what_is_missing(library, monkeypatch):
     library.unlink()
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(NativeError, match=r"agent.native needs a C\+\+ compiler \(c\+\+, .*\); install one"):
+    with pytest.raises(NativeError, match=r"agent.native needs a C\+\+ compiler, c\+\+ or .*; install one"):
         rlpd.Config(native=True)
     rlpd.Config(native=False)
 

@@ -60,9 +60,9 @@ def test_the_projection_keeps_the_mean_of_what_lies_inside():
     assert (outside @ support < (mass * (places + CFG.reach)).sum(-1)).all()
 
 
-def test_only_the_ratio_of_reward_and_return_scale_counts():
+def test_only_the_ratio_of_reward_and_largest_return_counts():
     batches = batches_of(CFG, CFG.utd)
-    larger = batches | {name: 8 * batches[name] for name in ("reward", "return_scale")}
+    larger = batches | {name: 8 * batches[name] for name in ("reward", "return_max")}
     (small, said), (large, says) = (
         xqc.update(CFG, xqc.init(CFG, jax.random.key(0), OBS, ACT), one) for one in (batches, larger)
     )
@@ -70,6 +70,6 @@ def test_only_the_ratio_of_reward_and_return_scale_counts():
         np.testing.assert_array_equal(a, b)  # a power of 2 is exact
     assert float(says["q_mean"]) == 8 * float(said["q_mean"])  # in the task's own units
     assert float(says["critic_loss"]) == float(said["critic_loss"])
-    other = batches | {"return_scale": 8 * batches["return_scale"]}
+    other = batches | {"return_max": 8 * batches["return_max"]}
     _, differs = xqc.update(CFG, xqc.init(CFG, jax.random.key(0), OBS, ACT), other)
     assert float(differs["critic_loss"]) != float(said["critic_loss"])
