@@ -204,7 +204,8 @@ class Learner:
             self._compiled.result()  # not compiled twice
         for meta, records in read_streams(self.job.folder / "steps") if self.job.resume else ():
             for record in records:
-                self.trainer.push(meta.stream, record, train=record.seq > cursor.get(meta.stream, 0))
+                new = record.seq > cursor.get(meta.stream, 0)
+                self.trainer.push(meta.stream, record, new and self.trainer.steps < self.job.config.learner.steps)
             expected[meta.stream] = records[-1].seq + 1 if records else 1
         self.trainer.policy()  # can be sent, or it ends here
         if self.job.resume:

@@ -52,7 +52,8 @@ class Trainer:
         compute.keep_compiled()
         mesh = compute.mesh(devices, self.agent.batch)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._split = NamedSharding(mesh, PartitionSpec(None, "batch"))  # (utd, batch, ...)
+        # of batches (utd, batch, ...); one device takes them as they are
+        self._split = NamedSharding(mesh, PartitionSpec(None, "batch")) if devices > 1 else None
         self._key = jax.random.key(seed)
         self._init = self._algorithm.init.lower(self.agent, self._key, *sizes)
         self._rng = np.random.default_rng(seed)
@@ -80,7 +81,9 @@ class Trainer:
 
     def push(self, stream: str, record: Record, train: bool = True) -> dict[str, float]:
         """Insert a record and make its step's updates. Returns the `env/...` metrics it completes."""
-        fold, episodes = self._streams.setdefault(stream, (Fold(self.task), Episodes()))
+        if stream not in self._streams:
+            self._streams[stream] = Fold(self.task), Episodes()
+        fold, episodes = self._streams[stream]
         for sample in fold.push(record):
             self.replay.add((stream, sample.part), sample)
         metrics = episodes.push(record)
@@ -182,7 +185,7 @@ class Trainer:
             batch = self._sample(self.replay, rows)
         batches = minibatches(batch, self.agent.utd, self.agent.batch)
         self._ended = jax.block_until_ready(self._metrics)  # one update in flight, while the next batch is drawn
-        batches = jax.device_put(batches, self._split)
+        batches = jax.device_put(batches, self._split) if self._split else batches
         self.state, self._metrics = self._algorithm.update(self.agent, self.state, batches)
         self.updates += self.agent.utd
         self.update_s += time.perf_counter() - start
