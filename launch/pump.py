@@ -43,8 +43,8 @@ class Pump:
 
     The thread calls `take(frames)` for each message that came, which raises Malformed or RecordError for one to
     drop, and then `turn()`, at least every TICK_MS; it returns True to be called again at once, None to end. While
-    `resting()` messages may gather for GATHER_S, or until it is woken. Any other error of the thread ends it, and
-    is kept for whoever calls next. Off loopback both ends have keys, or KeysError is raised.
+    `resting()` messages may gather for GATHER_S, or until somebody wakes it. Any other error of the thread ends it,
+    and is kept for whoever calls next. Off loopback both ends have keys, or KeysError is raised.
     """
 
     def __init__(self, kind: int, address: str) -> None:

@@ -22,9 +22,8 @@ from . import catalog, compute
 from .config import Config
 from .evaluate import Episodes
 
-ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of what runs only once
-
-
+# for what runs only once
+ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 BLOCK = 50  # steps that are held out together: neighbours tell too much of each other
 ASIDE = 20_000  # steps kept of them
 
@@ -59,7 +58,8 @@ class Trainer:
         compute.keep_compiled()
         mesh = compute.mesh(devices, self.agent)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._split = NamedSharding(mesh, PartitionSpec(None, "batch"))  # (utd, batch, ...)
+        # of batches (utd, batch, ...); one device takes them as they are
+        self._split = NamedSharding(mesh, PartitionSpec(None, "batch")) if devices > 1 else None
         self._key = jax.random.key(seed)
         self._init = jax.jit(self._algorithm.init, static_argnums=(0, 2, 3)).lower(self.agent, self._key, *sizes)
         self._rng = np.random.default_rng(seed)
@@ -88,7 +88,9 @@ class Trainer:
 
     def push(self, stream: str, record: Record, train: bool = True) -> dict[str, float]:
         """Insert a record and make its step's updates. Returns the `env/...` metrics it completes."""
-        fold, episodes = self._streams.setdefault(stream, (Fold(self.task), Episodes()))
+        if stream not in self._streams:
+            self._streams[stream] = Fold(self.task), Episodes()
+        fold, episodes = self._streams[stream]
         for sample in fold.push(record):
             self._insert((stream, sample.part), sample, episodes.steps)
         metrics = episodes.push(record)
@@ -198,7 +200,7 @@ class Trainer:
         batches = minibatches(self._sample(), self.agent.utd, self.agent.batch)
         # one update in flight, while the next batch is drawn; the one after that takes its batch's place
         self._ended, _ = jax.block_until_ready((self._metrics, self.state))
-        batches = jax.device_put(batches, self._split)
+        batches = jax.device_put(batches, self._split) if self._split else batches
         self.state, self._metrics = self._algorithm.update(self.agent, self.state, batches)
         self.updates += self.agent.utd
         self.update_s += time.perf_counter() - start

@@ -273,3 +273,44 @@ def test_critics_that_learn_by_heart_are_told_of_once():
             for _ in range(times):
                 one._look_at({"learn/critic_loss": 1.0, "learn/held_out_loss": apart})
     assert said.getvalue().count("learn by heart") == 1
+
+
+def test_a_learner_that_cannot_keep_up_makes_fewer_updates_and_loses_no_record(monkeypatch):
+    monkeypatch.setattr("tether.launch.learner.MAX_BEHIND", 10)
+    monkeypatch.setattr("tether.launch.learner.TAKEN", 8)
+    records = drive(150)
+    steps = sum(record.action is not None for record in records)
+    with learner("learner.steps=1000", "learner.max_lead=1") as (one, _), actor(one.link.address, records):
+        assert one.link._pump.wait(lambda: one.link.waiting == len(records), WAIT_S)
+        one._turn()
+        assert one.trainer.steps == 8 and one.link.waiting == len(records) - 8
+        while one.trainer.steps < steps:
+            one._turn()
+        measured = one.trainer.metrics()
+    assert [record.seq for record in stored()] == [record.seq for record in records]
+    assert one.trainer.replay._added == len(records)
+    # none before what waits is no more than the bound and the step that was allowed; then one a step
+    assert 0 < one.trainer.updates <= 10 + 1 + 8
+    assert measured["learn/utd"] == one.trainer.updates / (steps - 10 + 1) < 1.0
+
+
+def test_weights_are_sent_when_there_was_an_update_and_not_more_often_than_asked():
+    with learner("learner.steps=1000", "learner.publish_every=7") as (one, _), actor(one.link.address, drive(60)):
+        sent = []
+        publish = one.link.publish
+        one.link.publish = lambda version, params: sent.append(one.trainer.steps) or publish(version, params)
+        while one.trainer.steps < 50:
+            one._turn()
+    assert sent[0] == 10 and set(np.diff(sent)) == {7}  # from the first update on
+
+
+def test_metrics_are_those_of_an_update_that_has_ended():
+    one = trained(drive(30))
+
+    class Unfinished:
+        def __float__(self):
+            raise AssertionError("waited for")
+
+    ended = one._metrics
+    one._ended, one._metrics = ended, {name: Unfinished() for name in ended}
+    assert one.metrics()["learn/critic_loss"] == float(ended["critic_loss"])
