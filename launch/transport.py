@@ -127,8 +127,8 @@ class LearnerLink:
         self._pump.wake()
 
     def wait_closed(self, timeout: float) -> bool:
-        """Wait until every connected actor has ended, and so delivered what it had, and that can be taken."""
-        return self._pump.wait(lambda: not (self._came or any(s.connected for s in self.status().values())), timeout)
+        """Wait until every connected actor has ended, and so delivered what it had."""
+        return self._pump.wait(lambda: not any(s.connected for s in self.status().values()), timeout)
 
     def close(self) -> None:
         """Send what is due and let go of the address. Idempotent."""

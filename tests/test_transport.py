@@ -9,7 +9,6 @@ import socket as sockets
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -602,20 +601,6 @@ def test_messages_gather_while_the_learner_has_records_and_come_at_once_when_it_
         assert sum(stored) == 21 and len(stored) <= 4
         one.send(22, payload(22))
         assert seqs(link.poll(PATIENCE)) == [22]
-
-
-def test_what_gathered_can_be_taken_when_every_actor_has_ended(monkeypatch):
-    with learner() as link:
-        with actor(link.address, describe()) as one:
-            one.send(1, payload(1))
-            until(one, lambda: one._spool.first == 2)
-            monkeypatch.setattr(transport, "GATHER_S", 0.5)
-            link._store_at = math.inf  # until it is set again
-            one.send(2, payload(2))
-            until(link, lambda: link._came)
-            link._store_at = time.monotonic() + 0.5
-            one.close()
-        assert link.wait_closed(PATIENCE) and seqs(link.poll()) == [1, 2]
 
 
 def test_poll_gives_no_more_than_asked_for():
