@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TASK ?= car-loop
 SEEDS ?= 0 1 2 3 4
 
-.PHONY: demo test test-slow bench accept chaos fuzz link snapshots weights lint clean
+.PHONY: demo test test-slow bench curves accept chaos fuzz link snapshots weights lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/tether demo car
@@ -18,7 +18,14 @@ test-slow: $(VENV)/dev
 
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest -m bench
-	$(BIN)/python tests/bench/run.py
+	$(BIN)/python -m tests.bench.run
+
+# Learning curves of tether and of sbx on the same environment: a JSON a seed, a table, an SVG (tests/bench/curves.py).
+curves: SEEDS = 0 1 2
+curves: $(VENV)/bench
+	$(BIN)/python -m tests.bench.curves --env $(or $(ENV),Hopper-v5) --algo $(or $(ALGO),rlpd) --seeds $(SEEDS) \
+		$(if $(STEPS),--steps $(STEPS)) $(if $(PRESET),--preset $(PRESET)) $(foreach s,$(SET),--set '$(s)') \
+		$(if $(PRIOR),--prior $(PRIOR)) $(if $(CORES),--cores $(CORES))
 
 accept: $(VENV)/demo
 	$(BIN)/python tests/accept.py --task $(TASK) --seeds $(SEEDS) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH))

@@ -1,14 +1,23 @@
-"""Experience as a ring of steps: an observation is stored once, n-step returns are made when sampling."""
+"""Experience as a ring of steps: an observation is stored once, n-step returns and frame stacks are made when
+sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from array import array
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
 
 Batch = dict[str, np.ndarray]
 
+# What sampling needs before it knows which observations: together, so that it is one cache miss. `next`: slot of the
+# successor, -1 while there is none; `mask`: 0 at a true terminal; `train`: to be learned from.
+_LINK = np.dtype(
+    [("next", np.int32), ("reward", np.float32), ("mask", np.float32), ("train", bool), ("takeover", bool)], align=True
+)
+_ALIGNMENT = 64  # bytes: what JAX asks for
 _TRIES = 32  # at a later step of the same segment; then the next one is taken
 
 
@@ -20,61 +29,75 @@ class Replay:
     """The newest `capacity` steps of any number of interleaved streams.
 
     A step's successor is the next one of its own stream, whatever lies between them in the ring. `len` is
-    the number of steps that can be drawn: those to be trained on whose successor is known. The same calls
-    in the same order give the same buffer, so it is restored by adding the records again.
+    the number of steps that can be drawn: those to be trained on whose successor is known; `takeovers` of
+    them were driven by a person. The same calls in the same order give the same buffer, so it is restored
+    by adding the records again. With `images` ({name: (height, width, channels)}, uint8) batches have
+    stacks of the last `stack` frames. Memory is taken as steps come in.
     """
 
-    def __init__(self, capacity: int, obs_size: int, action_size: int, n_step: int = 1, gamma: float = 0.99) -> None:
+    def __init__(
+        self, capacity: int, obs_size: int, action_size: int, n_step: int = 1, gamma: float = 0.99,
+        images: Mapping[str, tuple[int, ...]] | None = None, stack: int = 3,
+    ) -> None:  # fmt: skip
         self.capacity, self.n_step, self.gamma = capacity, n_step, np.float32(gamma)
-        self._obs = np.zeros((capacity, obs_size), np.float32)
-        self._prev = np.zeros((capacity, action_size), np.float32)
-        self._action = np.zeros((capacity, action_size), np.float32)
-        self._reward = np.zeros(capacity, np.float32)
-        self._mask = np.zeros(capacity, np.float32)  # 0 at a true terminal
-        self._train = np.zeros(capacity, bool)  # to be learned from
-        self._next = np.full(capacity, -1, np.int64)  # slot of the successor; -1 while there is none
-        self._segment = np.zeros(capacity, np.int64)
-        self._newest: list[int] = []  # step of each segment
-        self._drawable = np.zeros(capacity, np.int64)  # slots that can be drawn, packed, in no order
-        self._place = np.full(capacity, -1, np.int64)  # of each slot in _drawable
-        self._count = 0
+        sizes = {"obs": obs_size, "prev_action": action_size, "action": action_size}
+        self._values = {name: _aligned((capacity, size)) for name, size in sizes.items()}
+        self._links = np.zeros(capacity, _LINK)
+        self._next = self._links["next"]
+        self._segment = np.zeros(capacity, np.int32)
+        self._newest = array("q")  # step of each segment
+        self._drawable, self._taken_over = _Pool(capacity), _Pool(capacity)
         self._added = 0  # steps ever added: number i lies in slot i % capacity
         self._tails: dict[Hashable, tuple[int, bool]] = {}  # newest step of each stream; did it end there?
+        self._returns: dict[Hashable, float] = {}  # of each stream since its episode began, discounted
+        self.return_max = 0.0  # the largest of these so far, by magnitude
+        self._frames = FrameRing(capacity, images, stack) if images else None
+        self._row = np.zeros(sum(sizes.values()), np.float32)  # the step that is being added
+        parts = np.split(self._row, [obs_size, obs_size + action_size])
+        self._parts = dict(zip(sizes, parts, strict=True))
 
     def __len__(self) -> int:
-        return self._count
+        return self._drawable.count
+
+    @property
+    def takeovers(self) -> int:
+        """Steps that can be drawn and were driven by a person."""
+        return self._taken_over.count
 
     def add(self, stream: Hashable, step: Any) -> None:
         """Append the next step of `stream`: something with obs (o,), prev_action (a,) executed before it,
-        action (a,) executed (None: the observation that ends a segment), reward, terminated, truncated, train.
+        action (a,) executed (None: the observation that ends a segment), reward, terminated, truncated, train,
+        where a person drove takeover, and images ({name: uint8 array}) where this buffer takes some.
 
         A step becomes drawable when its successor arrives. After one that terminated or was truncated only
         a step without an action counts as its successor: the next episode's first observation is not.
         Raises ReplayError for wrong shapes and numbers that are not finite.
         """
-        obs, previous = self._checked("obs", step.obs), self._checked("prev_action", step.prev_action)
         closes = step.action is None
-        action = 0.0 if step.action is None else self._checked("action", step.action)
-        if not np.isfinite(step.reward):
-            raise ReplayError(f"stream {stream}: reward {step.reward} is not finite")
+        self._pack(stream, step)
+        if self._frames:
+            self._frames.check(step.images)
         number, slot = self._added, self._added % self.capacity
-        self._undraw(slot)
-        self._obs[slot], self._prev[slot] = obs, np.clip(previous, -1.0, 1.0)
-        self._action[slot] = action
-        self._reward[slot] = 0.0 if closes else step.reward
-        self._mask[slot] = not step.terminated
-        self._train[slot] = step.train
-        self._next[slot] = -1
+        if number >= self.capacity:
+            self._forget(slot)
+        for name, part in self._parts.items():
+            self._values[name][slot] = part
+        reward, takeover = 0.0 if closes else step.reward, getattr(step, "takeover", False)
+        self._links[slot] = -1, reward, not step.terminated, step.train, takeover
         before, ended = self._tails.pop(stream, (-self.capacity, False))
         # an idle stream may have lost its newest step to the others
-        if number - before >= self.capacity or (ended and not closes):
-            self._segment[slot] = len(self._newest)
-            self._newest.append(number)
-        else:
+        follows = number - before < self.capacity and (closes or not ended)
+        if follows:
             self._link(before % self.capacity, slot)
             self._newest[self._segment[slot]] = number
+        else:
+            self._segment[slot] = len(self._newest)
+            self._newest.append(number)
+        if self._frames:
+            self._frames.put(slot, step.images, before % self.capacity if follows else slot)
         if not closes:
             self._tails[stream] = (number, step.terminated or step.truncated)
+        self._sum(stream, reward if step.train else 0.0, ends=not step.train or step.terminated or step.truncated)
         self._added += 1
 
     def sample(self, rng: np.random.Generator, n: int) -> Batch:
@@ -82,76 +105,240 @@ class Replay:
 
         obs, action, prev_action; reward: sum of the next n_step discounted rewards, fewer where the
         segment, or what is trained on, ends before; discount: gamma^k, 0 only after a true terminal;
-        next_obs and next_prev_action: k steps later, where the value is bootstrapped.
+        next_obs and next_prev_action: k steps later, where the value is bootstrapped; return_max: the same
+        in all rows. With images
+        obs/NAME and next_obs/NAME: uint8 (n, stack, height, width, channels), the newest frame last.
         """
-        return self._batch(self._draw(rng, n))
+        return self._sample(rng, n, future=False)
 
     def sample_future(self, rng: np.random.Generator, n: int) -> Batch:
         """As `sample`, and "future_obs": the observation of a uniformly drawn later step of the segment."""
-        slots = self._draw(rng, n)
-        segment = self._segment[slots]
-        number = self._added - 1 - (self._added - 1 - slots) % self.capacity
-        newest = [self._newest[i] for i in segment]
-        # later steps of any stream; the first that is of the same segment counts
-        drawn = rng.integers(number + 1, newest, (_TRIES, n), endpoint=True) % self.capacity
-        same = self._segment[drawn] == segment
-        future = np.where(same.any(0), drawn[same.argmax(0), np.arange(n)], self._next[slots])
-        return self._batch(slots) | {"future_obs": self._obs[future]}
+        return self._sample(rng, n, future=True)
 
-    def _checked(self, name: str, value: np.ndarray) -> np.ndarray:
-        value, size = np.asarray(value, np.float32), (self._obs if name == "obs" else self._action).shape[1]
-        if value.shape != (size,):
-            raise ReplayError(f"{name} has shape {value.shape}, this buffer takes ({size},)")
-        if not np.isfinite(value).all():
-            raise ReplayError(f"{name} {value} is not finite")
-        return value
+    def blank(self, n: int) -> Batch:
+        """n rows of zeros, as `sample` makes them."""
+        return {name: np.zeros_like(values) for name, values in self._empty(n).items()}
+
+    def _empty(self, n: int, future: bool = False) -> Batch:
+        """Room for n rows."""
+        obs, action = (len(self._parts[name]) for name in ("obs", "action"))
+        widths = {"obs": obs, "action": action, "prev_action": action, "next_obs": obs, "next_prev_action": action}
+        out = {name: _aligned((n, width)) for name, width in widths.items()}
+        out |= {name: _aligned((n,)) for name in ("reward", "discount", "return_max")}
+        if future:
+            out["future_obs"] = _aligned((n, obs))
+        for name, shape in self._frames.shapes.items() if self._frames else ():
+            out |= {f"{key}/{name}": _aligned((n, *shape), np.uint8) for key in ("obs", "next_obs")}
+        return out
+
+    def _pack(self, stream: Hashable, step: Any) -> None:
+        """Let `_row` be this step's. Raises ReplayError."""
+        for name, part in self._parts.items():
+            value = getattr(step, name)
+            if value is None and name == "action":
+                part[:] = 0.0
+                continue
+            value = np.asarray(value, np.float32)
+            if value.shape != part.shape:
+                raise ReplayError(f"{name} has shape {value.shape}, this buffer takes {part.shape}")
+            part[:] = value
+        if not np.isfinite(self._row).all():
+            name = next(name for name, part in self._parts.items() if not np.isfinite(part).all())
+            raise ReplayError(f"{name} {self._parts[name]} is not finite")
+        if not math.isfinite(step.reward):
+            raise ReplayError(f"stream {stream}: reward {step.reward} is not finite")
+        previous = self._parts["prev_action"]
+        np.minimum(np.maximum(previous, -1.0, out=previous), 1.0, out=previous)  # np.clip takes five times as long
+
+    def _sum(self, stream: Hashable, reward: float, ends: bool) -> None:
+        """Follow the stream's discounted return; what is not trained on does not count."""
+        total = float(self.gamma) * self._returns.get(stream, 0.0) + reward
+        self._returns[stream] = 0.0 if ends else total
+        self.return_max = max(self.return_max, abs(total))
 
     def _link(self, before: int, slot: int) -> None:
         """Let `slot` follow `before`, which can be drawn from now on if it is to be trained on."""
         self._next[before], self._segment[slot] = slot, self._segment[before]
-        if self._train[before]:
-            self._place[before], self._drawable[self._count] = self._count, before
-            self._count += 1
+        link = self._links[before]
+        if link["train"]:
+            self._drawable.add(before)
+            if link["takeover"]:
+                self._taken_over.add(before)
 
-    def _undraw(self, slot: int) -> None:
-        """Take a slot out of the drawable ones; the last of them takes its place."""
-        place = self._place[slot]
-        if place >= 0:
-            self._count -= 1
-            moved = self._drawable[self._count]
-            self._drawable[place], self._place[moved] = moved, place
-            self._place[slot] = -1
+    def _forget(self, slot: int) -> None:
+        """The step in a slot can no longer be drawn, nor be part of a stack."""
+        self._drawable.discard(slot)
+        self._taken_over.discard(slot)
+        if self._frames and self._next[slot] >= 0:
+            self._frames.begin(self._next[slot])
 
-    def _draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        if not self._count:
-            raise ReplayError("nothing to draw: no step to train on has a successor yet")
-        return self._drawable[rng.integers(self._count, size=n)]
+    def _sample(self, rng: np.random.Generator, n: int, future: bool) -> Batch:
+        out = self._empty(n, future)
+        out["return_max"][:] = self.return_max
+        self._fill(out, self._drawable.draw(rng, n), rng)
+        return out
 
-    def _batch(self, slots: np.ndarray) -> Batch:
-        reward, discount = self._reward[slots], self.gamma * self._mask[slots]
-        last = self._next[slots]  # where to bootstrap
+    def _fill(self, out: Batch, slots: np.ndarray, rng: np.random.Generator) -> None:
+        """Write the steps in `slots` into the arrays of `out`, whose leading shape is that of `slots`."""
+        link = self._links.take(slots)
+        reward, discount, last = link["reward"], self.gamma * link["mask"], link["next"]  # last: where to bootstrap
         for _ in range(1, self.n_step):
-            on = self._train[last] & (self._next[last] >= 0)
-            reward += np.where(on, discount * self._reward[last], 0)
-            discount *= np.where(on, self.gamma * self._mask[last], 1)
-            last = np.where(on, self._next[last], last)
-        return {
-            "obs": self._obs.take(slots, axis=0),  # three times as fast as an index
-            "action": self._action.take(slots, axis=0),
-            "prev_action": self._prev.take(slots, axis=0),
-            "reward": reward,
-            "discount": discount,
-            "next_obs": self._obs.take(last, axis=0),
-            "next_prev_action": self._prev.take(last, axis=0),
-        }
+            link = self._links.take(last)
+            on = link["train"] & (link["next"] >= 0)
+            reward += np.where(on, discount * link["reward"], 0)
+            discount *= np.where(on, self.gamma * link["mask"], 1)
+            last = np.where(on, link["next"], last)
+        out["reward"][...], out["discount"][...] = reward, discount
+        for name in ("obs", "prev_action"):  # the successor mostly lies beside its step, and is still in a cache
+            _take(self._values[name], slots, out[name])
+            _take(self._values[name], last, out[f"next_{name}"])
+        _take(self._values["action"], slots, out["action"])
+        if self._frames:
+            self._frames.fill(out, "obs/", slots)
+            self._frames.fill(out, "next_obs/", last)
+        if "future_obs" in out:
+            future = self._future(slots.ravel(), rng).reshape(slots.shape)
+            _take(self._values["obs"], future, out["future_obs"])
+
+    def _future(self, slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The slot of a later step of each one's segment."""
+        out, segment = self._next[slots], self._segment[slots]
+        number = self._added - 1 - (self._added - 1 - slots) % self.capacity
+        newest = np.frombuffer(self._newest, np.int64)[segment]
+        left = np.arange(len(slots))
+        for _ in range(_TRIES):  # later steps of any stream; the first that is of the same segment counts
+            drawn = rng.integers(number[left] + 1, newest[left], endpoint=True) % self.capacity
+            same = self._segment[drawn] == segment[left]
+            out[left[same]] = drawn[same]
+            left = left[~same]
+            if not len(left):
+                break
+        return out
 
 
-def symmetric(online: Batch, prior: Batch) -> Batch:
-    """Half and half: row 0 online, row 1 prior, and so on, so every even-sized run of rows is half prior."""
-    pairs = {k: np.stack([v, prior[k]], axis=1) for k, v in online.items()}
-    return {k: v.reshape(-1, *v.shape[2:]) for k, v in pairs.items()}
+class FrameRing:
+    """The images of a ring of steps, each stored once, in the slot of its step; stacks are rebuilt by index."""
+
+    def __init__(self, capacity: int, images: Mapping[str, tuple[int, ...]], stack: int) -> None:
+        self.shapes = {name: (stack, *shape) for name, shape in images.items()}  # of a step's stacks
+        self._frames = {name: np.zeros((capacity, *shape), np.uint8) for name, shape in images.items()}
+        self._before = np.zeros(capacity, np.int32)  # slot of the frame before; its own where a segment begins
+        self._stack = stack
+
+    def check(self, images: Mapping[str, np.ndarray] | None) -> None:
+        """Raises ReplayError for images this ring does not take."""
+        for name, frames in self._frames.items():
+            image = (images or {}).get(name)
+            found = "no image" if image is None else f"{image.dtype} {image.shape}"
+            if found != f"uint8 {frames.shape[1:]}":
+                raise ReplayError(f"{name} is {found}, this buffer takes uint8 {frames.shape[1:]}")
+
+    def put(self, slot: int, images: Mapping[str, np.ndarray], before: int) -> None:
+        """Store a step's images. `before`: slot of the one before in its segment, or `slot`."""
+        self._before[slot] = before
+        for name, frames in self._frames.items():
+            frames[slot] = images[name]
+
+    def begin(self, slot: int) -> None:
+        """What lay before this slot is gone: its segment begins here."""
+        self._before[slot] = slot
+
+    def fill(self, out: Batch, prefix: str, slots: np.ndarray) -> None:
+        """Write the stacks that end in `slots` into the arrays PREFIX + name: (..., stack, height, width, channels).
+        The first frame of a segment is repeated."""
+        chain = [slots]
+        for _ in range(1, self._stack):
+            chain.append(self._before[chain[-1]])
+        index = np.stack(chain[::-1], axis=-1)
+        for name, frames in self._frames.items():
+            _take(frames, index, out[prefix + name])
+
+
+class _Pool:
+    """A set of slots, packed in no order, so that drawing one is one index."""
+
+    def __init__(self, capacity: int) -> None:
+        self.count = 0
+        self._slots = np.zeros(capacity, np.int32)
+        self._place = np.zeros(capacity, np.int32)  # in _slots; of a slot that is not in the set it says nothing
+
+    def add(self, slot: int) -> None:
+        """Put in a slot that is not in the set."""
+        self._slots[self.count], self._place[slot] = slot, self.count
+        self.count += 1
+
+    def discard(self, slot: int) -> None:
+        """Take a slot out, if it is in; the last one takes its place."""
+        place = self._place[slot]
+        if place < self.count and self._slots[place] == slot:
+            self.count -= 1
+            moved = self._slots[self.count]
+            self._slots[place], self._place[moved] = moved, place
+
+    def draw(self, rng: np.random.Generator, shape: int | tuple[int, int]) -> np.ndarray:
+        """Slots drawn uniformly, with replacement."""
+        if not self.count:
+            raise ReplayError("nothing to draw: no step to train on has a successor yet")
+        return self._slots[rng.integers(self.count, size=shape)].astype(np.intp)
+
+
+class Strata:
+    """Draws the mini-batches of a learner's step from online and prior steps, into two sets of arrays in turn.
+
+    A batch may be read until the next but one is drawn. The arrays are kept because memory that is new to the
+    process costs more than all that is written into it.
+    """
+
+    def __init__(self, online: Replay, prior: Replay, utd: int, size: int, future: bool = False) -> None:
+        self._online, self._prior, self._utd, self._size = online, prior, utd, size
+        self._rooms = [online._empty(utd * size, future) for _ in range(2)]
+
+    def draw(self, rng: np.random.Generator, share: float) -> Batch:
+        """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior;
+        with `future` as from `Replay.sample_future`.
+
+        Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
+        them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
+        """
+        online, prior = self._online, self._prior
+        rows = round(share * self._size)
+        if not len(prior) and online.takeovers < rows:
+            rows = 0
+        taken = 0
+        if rows and online.takeovers:  # as many in each mini-batch; on average exactly their share of the stratum
+            taken = min(int(rows * online.takeovers / (online.takeovers + len(prior)) + rng.random()), rows)
+        self._rooms.reverse()
+        self._rooms[0]["return_max"][:] = max(online.return_max, prior.return_max)
+        batches, at = minibatches(self._rooms[0], self._utd, self._size), 0
+        for replay, pool, count in (
+            (online, online._drawable, self._size - rows),
+            (prior, prior._drawable, rows - taken),
+            (online, online._taken_over, taken),
+        ):
+            if count:
+                part = {name: values[:, at : at + count] for name, values in batches.items()}
+                replay._fill(part, pool.draw(rng, (self._utd, count)), rng)
+                at += count
+        return dict(self._rooms[0])
 
 
 def minibatches(batch: Batch, utd: int, size: int) -> Batch:
     """(utd * size, ...) rows -> (utd, size, ...), in order. Any other number of rows is a ValueError."""
     return {k: v.reshape(utd, size, *v.shape[1:]) for k, v in batch.items()}
+
+
+def _take(values: np.ndarray, slots: np.ndarray, out: np.ndarray) -> None:
+    """values[slots] into `out`, three times as fast; `mode` because "raise" would copy once more."""
+    if out.flags.c_contiguous:
+        values.take(slots, axis=0, out=out, mode="clip")
+    else:  # some columns of each mini-batch
+        for one, room in zip(slots, out, strict=True):
+            values.take(one, axis=0, out=room, mode="clip")
+
+
+def _aligned(shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    """An array for anything, at an address from which JAX on a CPU reads it without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    at = -room.ctypes.data % _ALIGNMENT
+    return room[at : at + size].view(dtype).reshape(shape)

@@ -3,7 +3,8 @@ and the run's folder, which says so.
 
 Order, the later wins: `full` (as published), then each preset named by the user; within a preset its tables
 `[agent] [learner] [actor]`, then `[family.<kind of task>...]`; last `--set section.key=value`. What `[agent]`
-takes is what the algorithm's own `Config` takes.
+takes is what the algorithm's own `Config` takes. A preset's `[agent]` is for the algorithm it names (or the one
+before it named); of its families' tables every algorithm takes what it knows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from . import catalog
 
@@ -54,10 +55,20 @@ class Learner:
     snapshot_every_s: float = 60.0
     replay_capacity: int = 1_000_000
     log_every: int = 200  # steps between two lines of learn/ metrics
+    held_out: int = 20  # one block of 50 steps in so many is kept from training, to measure on; 0: none
+    prior_share: float = 0.5  # of each mini-batch, where there is prior data; takeovers count as such too
+    prior_share_end: float = 0.0  # reached after prior_anneal updates, linearly
+    prior_anneal: int = 0  # updates; 0: prior_share stays as it is
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if name in ("prior_share", "prior_share_end"):
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{name} = {value:g}: must lie between 0 and 1")
+            elif name in ("prior_anneal", "held_out"):
+                if value < 0:
+                    raise ValueError(f"{name} = {value:g}: must not be negative")
+            elif value < 1:
                 raise ValueError(f"{name} = {value:g}: must be at least 1")
 
 
@@ -92,7 +103,8 @@ def load(preset: str = "cpu", family: str = "course", overrides: Iterable[str] =
     `preset`: shipped names or paths of .toml files, several separated by commas; `overrides`:
     "section.key=value" with a TOML value ("none" where a setting may be absent). Raises ConfigError.
     """
-    layers = []
+    layers: list[Layer] = []
+    algorithm = ""
     for name in ["full", *(n.strip() for n in preset.split(",") if n.strip() != "full")]:
         path = _SHIPPED / f"{name}.toml" if name in presets() else Path(name)
         if path.suffix != ".toml" or not path.is_file():
@@ -100,28 +112,39 @@ def load(preset: str = "cpu", family: str = "course", overrides: Iterable[str] =
         table = _toml(path)
         families = table.pop("family", {})
         _known(families, FAMILIES, f"{path}: family.")
-        layers += [(str(path), table), (str(path), families.get(family, {}))]
-    layers += [("--set", _override(text)) for text in overrides]
+        named = table.get("agent", {})
+        algorithm = named.get("algorithm", algorithm) if isinstance(named, dict) else algorithm
+        layers += [Layer(str(path), table, algorithm), Layer(str(path), families.get(family, {}), algorithm, True)]
+    layers += [Layer("--set", _override(text)) for text in overrides]
     return _merge(preset, family, layers)
 
 
-def _merge(preset: str, family: str, layers: list[tuple[str, dict[str, Any]]]) -> Config:
-    """One Config of layers [(source, {section: {key: value}})], the later ones winning."""
+class Layer(NamedTuple):
+    """One table of settings, {section: {key: value}}."""
+
+    source: str
+    table: dict[str, Any]
+    algorithm: str = ""  # that its [agent] was written for, where it was
+    family: bool = False
+
+
+def _merge(preset: str, family: str, layers: list[Layer]) -> Config:
+    """One Config of several layers, the later ones winning."""
     algorithm = "rlpd"
-    for source, layer in layers:
-        _known(layer, ("agent", "learner", "actor"), f"{source}: ")
-        for section, values in layer.items():
+    for source, table, *_ in layers:
+        _known(table, ("agent", "learner", "actor"), f"{source}: ")
+        for section, values in table.items():
             _known(values, values, f"{source}: {section}.")
-        algorithm = layer.get("agent", {}).pop("algorithm", algorithm)
-    schemas = {"agent": catalog.algorithm(str(algorithm)).Config, "learner": Learner, "actor": Actor}
+        algorithm = str(table.get("agent", {}).pop("algorithm", algorithm))
+    schemas = {"agent": catalog.algorithm(algorithm).Config, "learner": Learner, "actor": Actor}
     built: dict[str, Any] = {}
     for section, schema in schemas.items():
         kinds = get_type_hints(schema)
         merged: dict[str, Any] = {}
-        for source, layer in layers:
-            values = layer.get(section, {})
-            if section == "agent" and source.endswith(".toml") and algorithm != "rlpd":
-                values = {k: v for k, v in values.items() if k in kinds}  # presets are written for rlpd
+        for source, table, written_for, of_family in layers:
+            values = table.get(section, {})
+            if section == "agent" and written_for not in ("", algorithm):
+                values = {k: v for k, v in values.items() if of_family and k in kinds}
             _known(values, kinds, f"{source}: {section}.")
             merged |= {k: _typed(v, kinds[k], f"{source}: {section}.{k}") for k, v in values.items()}
         try:
@@ -213,7 +236,7 @@ def read(run: str | Path, overrides: Iterable[str] = ()) -> tuple[Config, dict[s
             f"{path}: a run of another format, this version reads {RUN_FORMAT}; "
             "open it with the version that made it, or start a new run"
         )
-    layers = [(str(path), data), *(("--set", _override(text)) for text in overrides)]
+    layers = [Layer(str(path), data), *(Layer("--set", _override(text)) for text in overrides)]
     return _merge(str(head.get("preset")), str(head.get("family")), layers), head
 
 

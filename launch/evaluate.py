@@ -85,8 +85,8 @@ class Tally:
         p50, p99, worst = np.percentile(self.policy_ms, [50, 99, 100]).round(4).tolist()
         out: dict[str, Any] = {
             "task": self.env.task.spec.name, "episodes": len(self.returns), "steps": self.episodes.steps,
-            "return_mean": float(np.mean(self.returns)), "success_rate": float(np.mean(self.successes)),
-            "policy_ms": {"p50": p50, "p99": p99, "max": worst},
+            "return_mean": float(np.mean(self.returns)), "returns": self.returns,
+            "success_rate": float(np.mean(self.successes)), "policy_ms": {"p50": p50, "p99": p99, "max": worst},
             "late": self.env.rate.late if isinstance(self.env, RobotEnv) else 0,
         }  # fmt: skip
         if isinstance(self.env.task, Course):

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,9 @@ from .trainer import Trainer
 from .transport import LearnerLink
 
 POLL_S = 0.05
+OVERFIT, OVERFIT_LOGS = 5.0, 5  # held-out over trained-on loss, for so many logs in a row
+TAKEN = 64  # records at once, so that a signal, a snapshot and a new actor need not wait for long
+MAX_BEHIND = 1024  # records that wait; the learner makes no updates for those above that, and says so in learn/utd
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Job:
     start: str = ""  # a run whose weights to begin with
     resume: bool = False
     tensorboard: bool = False
+    devices: int = 1
 
 
 class Journal:
@@ -71,7 +76,11 @@ class Journal:
 
 
 class Learner:
-    """One training: a Trainer between a link and a run folder."""
+    """One training: a Trainer between a link and a run folder.
+
+    It compiles in a thread of its own while actors start and connect; they wait for the first weights, which
+    `ready` gives out.
+    """
 
     def __init__(self, job: Job, log: Log) -> None:
         self.job, self.log = job, log
@@ -80,12 +89,15 @@ class Learner:
         if others := {meta.robot for meta, _ in prior} - {job.spec.robot}:
             raise config.RunError(f"--prior: recorded on {', '.join(others)}; this task's robot is {job.spec.robot}")
         task, experience = catalog.make_task(job.spec), [records for _, records in prior]
-        self.trainer = Trainer(task, job.config, job.seed, experience)
+        self.trainer = Trainer(task, job.config, job.seed, experience, job.devices)
+        self._compiled = ThreadPoolExecutor(1).submit(self.trainer.warm_up)
         self._first_lap, self._actors = False, 0
         self._trouble = ""  # as last told
+        self._overfit, self._warned = 0, False  # logs in a row
         self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
         self._saved = time.monotonic()
         self._version = 0
+        self._sent = 0, 0  # updates and steps when weights were
         expected = self._begin()
         self.journal = Journal(job.folder / "steps")
         random_steps = job.config.actor.random_steps  # of which a resumed run has made its share
@@ -94,15 +106,19 @@ class Learner:
             "random_steps": 0 if len(self.trainer.prior) else max(0, random_steps - self.trainer.steps),
             "auto_reset": job.config.actor.auto_reset,
         }  # fmt: skip
+        log.note("compiling the update")
         self.link = LearnerLink(job.bind, catalog.stream_meta(job.spec), welcome, self.journal, expected)
-        self.log.note("compiling the update")
-        self.trainer.warm_up()  # actors may connect meanwhile; they wait for the first weights
+
+    def ready(self) -> None:
+        """Wait for the compiled update and let the actors have the first weights."""
+        self._compiled.result()
         self._publish()
 
     def run(self, stopped: Callable[[], str]) -> dict[str, Any]:
         """Train until the steps are done or `stopped()` says why to end. Returns what a caller reports."""
-        started = time.monotonic()
         try:
+            self.ready()
+            started = time.monotonic()
             while self.trainer.steps < self.job.config.learner.steps and not stopped():
                 self._turn()
             self.link.stop(stopped() or "training is done")
@@ -118,9 +134,14 @@ class Learner:
     def _turn(self) -> None:
         """Take what has come, train on it, let the actors go on."""
         settings = self.job.config.learner
-        for stream, record in self.link.poll(POLL_S):
-            metrics = self.trainer.push(stream, record, train=self.trainer.steps < settings.steps)
-            self.link.set_run_until(stream, self.trainer.stream_steps(stream) + settings.max_lead)
+        streams = self.link.status()
+        for stream, record in self.link.poll(POLL_S, TAKEN):
+            # those that were allowed to go so far are not behind
+            behind = self.link.waiting > MAX_BEHIND + settings.max_lead * len(streams)
+            before = self.trainer.updates
+            metrics = self.trainer.push(stream, record, self.trainer.steps < settings.steps and not behind)
+            if self.trainer.updates > before:  # which took its time
+                self.link.set_run_until({stream: self.trainer.stream_steps(stream) + settings.max_lead})
             if metrics:
                 self.log.write(self.trainer.steps, metrics)
             if metrics.get("env/lap_clean") and not self._first_lap:
@@ -128,17 +149,17 @@ class Learner:
                 self.log.note(f"first clean lap at step {self.trainer.steps:,}: {metrics['env/lap_time_s']:.1f} s")
             if record.action is None:
                 continue
-            if self.trainer.steps % settings.publish_every == 0:
+            if self.trainer.updates > self._sent[0] and self.trainer.steps >= self._sent[1] + settings.publish_every:
                 self._publish()
             if self.trainer.steps % settings.log_every == 0:
                 self._measure()
-        for stream, actor in self.link.status().items():
-            self.link.set_run_until(stream, self.trainer.stream_steps(stream) + settings.max_lead)
+        self.link.set_run_until({name: self.trainer.stream_steps(name) + settings.max_lead for name in streams})
+        for stream, actor in streams.items():
             refused = actor.report.get("refused", "")
             if refused not in ("", self._refused.get(stream)):
                 self._refused[stream] = refused
                 self._warn(f"the actor of stream {stream} keeps its weights and refuses newer ones: {refused!r}")
-        actors = sum(actor.connected for actor in self.link.status().values())
+        actors = sum(actor.connected for actor in streams.values())
         if actors != self._actors:
             self._actors = actors
             self.log.note(f"actors connected: {actors}")
@@ -155,6 +176,7 @@ class Learner:
 
     def _measure(self) -> None:
         values = self.trainer.metrics()
+        self._look_at(values)
         actors = self.link.status().values()
         values["link/steps_received"] = sum(actor.received for actor in actors)
         values["link/weights_version"] = self._version
@@ -164,8 +186,21 @@ class Learner:
             values |= actor.report["stats"]
         self.log.write(self.trainer.steps, values)
 
+    def _look_at(self, values: dict[str, float]) -> None:
+        """Warn once when the critics fit what they have seen much better than what they have not (AVTD)."""
+        seen = values.get("learn/critic_loss", values.get("learn/actor_loss", 0.0))
+        apart = values.get("learn/held_out_loss", 0.0) > OVERFIT * max(seen, 1e-6)
+        self._overfit = self._overfit + 1 if apart else 0
+        if self._overfit == OVERFIT_LOGS and not self._warned:
+            self._warned = True
+            self._warn(
+                f"the loss on steps that were held out is {OVERFIT:.0f} times that on steps trained on: the critics "
+                "learn by heart; fewer updates a step (agent.utd) or dropout (agent.algorithm=droq) help"
+            )
+
     def _publish(self) -> None:
         self._version = max(self._version + 1, self.trainer.steps)
+        self._sent = self.trainer.updates, self.trainer.steps
         self.link.publish(self._version, self.trainer.policy())
 
     def _warn(self, text: str) -> None:
@@ -180,9 +215,12 @@ class Learner:
         if warning:
             self._warn(warning)
         expected = {}
+        if self.job.resume:
+            self._compiled.result()  # not compiled twice
         for meta, records in read_streams(self.job.folder / "steps") if self.job.resume else ():
             for record in records:
-                self.trainer.push(meta.stream, record, train=record.seq > cursor.get(meta.stream, 0))
+                new = record.seq > cursor.get(meta.stream, 0)
+                self.trainer.push(meta.stream, record, new and self.trainer.steps < self.job.config.learner.steps)
             expected[meta.stream] = records[-1].seq + 1 if records else 1
         self.trainer.policy()  # can be sent, or it ends here
         if self.job.resume:

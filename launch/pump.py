@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import select
 import socket as sockets
 import threading
 import time
@@ -19,6 +20,7 @@ from .wire import Malformed, WireError
 
 LINGER_MS = 300  # for the last messages at close
 TICK_MS = 50  # at most between two turns
+GATHER_S = 0.2  # for messages that may wait: waking up, and a disk, cost the same for one and for many
 # No ZMTP heartbeats: libzmq 4.3.5 aborts the process when one is due while a dead peer's messages wait to be read
 # (zeromq/libzmq#4364). The kernel notices a dead peer, and the actor a silent one.
 OPTIONS = {
@@ -40,9 +42,9 @@ class Pump:
     """A socket and the one thread that touches it.
 
     The thread calls `take(frames)` for each message that came, which raises Malformed or RecordError for one to
-    drop, and then `turn()`, at least every TICK_MS; it returns True to be called again at once, None to end. Any
-    other error of the thread ends it, and is kept for whoever calls next. Off loopback both ends have keys, or
-    KeysError is raised.
+    drop, and then `turn()`, at least every TICK_MS; it returns True to be called again at once, None to end. While
+    `resting()` messages may gather for GATHER_S, or until somebody wakes it. Any other error of the thread ends it,
+    and is kept for whoever calls next. Off loopback both ends have keys, or KeysError is raised.
     """
 
     def __init__(self, kind: int, address: str) -> None:
@@ -54,6 +56,7 @@ class Pump:
         self.error: BaseException | None = None  # ended the thread
         self.malformed = 0  # messages dropped
         self.end_by = math.inf  # set by close
+        self.resting: Callable[[], Any] = lambda: False
         self._context = zmq.Context()
         self._socket = self._context.socket(kind)
         must = zmq.ROUTER_MANDATORY if kind == zmq.ROUTER else zmq.IMMEDIATE
@@ -131,7 +134,10 @@ class Pump:
         again: bool | None = True
         try:
             while again is not None:
-                awake = dict(poller.poll(0 if again else TICK_MS))
+                rest = not again and self.resting()
+                if rest:
+                    select.select([self._ear], [], [], GATHER_S)
+                awake = dict(poller.poll(0 if again or rest else TICK_MS))
                 if self._ear.fileno() in awake:
                     self._ear.recv(4096)
                 if self._door in awake:

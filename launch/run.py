@@ -53,7 +53,8 @@ def job_of(options: Any) -> Job:
         raise config.ConfigError("task.hindsight needs agent.n_step = 1: goals drawn again reward one step")
     bind = options.bind or "tcp://127.0.0.1:*"
     keys_for(bind, "learner.key")
-    return Job(spec, settings, folder, seed, bind, tuple(prior), start, options.resume, options.tensorboard)
+    return Job(spec, settings, folder, seed, bind, tuple(prior), start, options.resume,
+               options.tensorboard, options.devices)  # fmt: skip
 
 
 def train(job: Job, actor: list[str] | None) -> dict[str, Any]:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ..agents import snapshot
-from ..agents.replay import Batch, Replay, minibatches, symmetric
+from ..agents.replay import Batch, Replay, Strata, minibatches
 from ..robot_env.record import Record
-from ..robot_env.sample import Fold, samples
+from ..robot_env.sample import Fold, Sample, samples
 from ..robot_env.task import Task
-from . import catalog
+from . import catalog, compute
 from .config import Config
 from .evaluate import Episodes
+
+# for what runs only once
+ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+BLOCK = 50  # steps that are held out together: neighbours tell too much of each other
+ASIDE = 20_000  # steps kept of them
 
 
 class Diverged(RuntimeError):
@@ -28,10 +36,12 @@ class Trainer:
     """The learner's state and what moves it.
 
     `push` inserts one record and makes the updates of that step, on exactly the records so far: the same
-    seed and records give the same weights.
+    seed and records give the same weights. On several `devices` each of them takes its share of every batch.
     """
 
-    def __init__(self, task: Task, config: Config, seed: int, prior: Iterable[Iterable[Record]] = ()) -> None:
+    def __init__(
+        self, task: Task, config: Config, seed: int, prior: Iterable[Iterable[Record]] = (), devices: int = 1
+    ) -> None:
         self.task, self.config = task, config
         self._algorithm = catalog.algorithm(config.algorithm)
         self.agent = self._algorithm.Config(**config.agent)
@@ -41,15 +51,31 @@ class Trainer:
         for i, records in enumerate(prior):
             for sample in samples(task, records):
                 self.prior.add((i, sample.part), sample)
+        mini_batches = self.agent.utd, self.agent.batch
+        self._strata = Strata(self.replay, self.prior, *mini_batches, future=task.spec.hindsight > 0.0)
         # steps before the first update; with prior data updates begin at once
         self.start_steps = 1 if len(self.prior) else config.learner.start_steps
-        self.state = self._algorithm.init(self.agent, jax.random.key(seed), *sizes)
+        compute.keep_compiled()
+        mesh = compute.mesh(devices, self.agent)
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        # of batches (utd, batch, ...); one device takes them as they are
+        self._split = NamedSharding(mesh, PartitionSpec(None, "batch")) if devices > 1 else None
+        self._key = jax.random.key(seed)
+        self._init = jax.jit(self._algorithm.init, static_argnums=(0, 2, 3)).lower(self.agent, self._key, *sizes)
         self._rng = np.random.default_rng(seed)
         self._streams: dict[str, tuple[Fold, Episodes]] = {}
         self.steps = 0
         self.updates = 0
         self.update_s = 0.0  # spent in updates, sampling included
-        self._metrics: dict[str, Any] = {}
+        self._metrics: dict[str, Any] = {}  # of the newest update, which may go on
+        self._ended: dict[str, Any] = {}  # of the one before
+        self._aside = Replay(min(ASIDE, shape[0]), *shape[1:])  # held out
+        self._measured: jax.Array | None = None  # the loss on it at the last `metrics`
+
+    @cached_property
+    def state(self) -> Any:
+        """All that is learned. The first to ask makes a fresh one."""
+        return self._placed(self._init.compile(ONCE)(self._key))
 
     @property
     def cursor(self) -> dict[str, int]:
@@ -62,9 +88,11 @@ class Trainer:
 
     def push(self, stream: str, record: Record, train: bool = True) -> dict[str, float]:
         """Insert a record and make its step's updates. Returns the `env/...` metrics it completes."""
-        fold, episodes = self._streams.setdefault(stream, (Fold(self.task), Episodes()))
+        if stream not in self._streams:
+            self._streams[stream] = Fold(self.task), Episodes()
+        fold, episodes = self._streams[stream]
         for sample in fold.push(record):
-            self.replay.add((stream, sample.part), sample)
+            self._insert((stream, sample.part), sample, episodes.steps)
         metrics = episodes.push(record)
         if record.action is not None:
             self.steps += 1
@@ -72,20 +100,34 @@ class Trainer:
                 self._update()
         return metrics
 
+    def _insert(self, stream: tuple[str, int], sample: Sample, step: int) -> None:
+        """Put a stream's sample where it belongs: some blocks of steps are held out from training."""
+        every, block = self.config.learner.held_out, step // BLOCK
+        held = every > 0 and block % every == every - 1
+        self.replay.add(stream, replace(sample, train=False) if held else sample)
+        if held:
+            self._aside.add((*stream, block), sample)
+        elif every and block and block % every == 0 and step % BLOCK == 0:  # successor of the last one held
+            self._aside.add((*stream, block - 1), sample)
+
     def warm_up(self) -> None:
-        """Compile the update before anything moves. The state stays as it is."""
-        rows = self.agent.utd * self.agent.batch
-        n, m = self.task.observation_size, len(self.task.rest)
-        widths = {"obs": n, "action": m, "prev_action": m, "next_obs": n, "next_prev_action": m}
-        batch = {name: np.zeros((rows, width), np.float32) for name, width in widths.items()}
-        batch |= {name: np.zeros(rows, np.float32) for name in ("reward", "discount")}
-        copy = jax.tree.map(lambda x: x.copy(), self.state)
-        batches = minibatches(batch, self.agent.utd, self.agent.batch)
-        jax.block_until_ready(self._algorithm.update(self.agent, copy, batches))
+        """Compile the update before anything moves. From shapes, so that the state can be made meanwhile."""
+        blank = minibatches(self.replay.blank(self.agent.utd * self.agent.batch), self.agent.utd, self.agent.batch)
+        batches = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self._split) for k, v in blank.items()}
+        whole = partial(jax.ShapeDtypeStruct, sharding=self._everywhere)
+        state = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
+        if lower := getattr(self._algorithm.update, "lower", None):  # else it is compiled at its first call
+            lower(self.agent, state, batches).compile()
 
     def metrics(self) -> dict[str, float]:
-        """`learn/...` values of the newest update."""
-        out = {f"learn/{name}": float(value) for name, value in self._metrics.items()}
+        """`learn/...` values of the newest update that has ended: nothing waits for them."""
+        out = {f"learn/{name}": float(value) for name, value in (self._ended or self._metrics).items()}
+        if self._measured is not None:
+            out["learn/held_out_loss"] = float(self._measured)
+        measure = getattr(self._algorithm, "held_out", None)  # those that plug in need not
+        if measure and len(self._aside) >= self.agent.batch:  # told next time: nothing waits for it
+            batch = self._aside.sample(np.random.default_rng(self.steps), self.agent.batch)
+            self._measured = measure(self.agent, self.state, batch)
         trained = max(self.steps - self.start_steps + 1, 1)
         return out | {
             "learn/updates": self.updates,
@@ -120,7 +162,8 @@ class Trainer:
         found = snapshot.load(folder, {"task": self.state})
         if found is None:
             return {}, ""
-        self.state, self.updates = found.states["task"], found.counters["updates"]
+        self.state = self._placed(found.states["task"])
+        self.updates = found.counters["updates"]
         self._rng.bit_generator.state = found.counters["replay_rng"]
         return found.counters["cursor"], found.warning
 
@@ -133,8 +176,12 @@ class Trainer:
         found = snapshot.load(folder, {"task": self.state})
         if found is None:
             raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
-        self.state = found.states["task"]
+        self.state = self._placed(found.states["task"])
         return found.warning
+
+    def _placed(self, state: Any) -> Any:
+        """The same, whole on every device."""
+        return jax.device_put(state, self._everywhere)
 
     def _finite(self, tree: Any) -> Any:
         """The same, where all its numbers are finite."""
@@ -150,21 +197,22 @@ class Trainer:
 
     def _update(self) -> None:
         start = time.perf_counter()
-        rows = self.agent.utd * self.agent.batch
-        if len(self.prior):
-            batch = symmetric(self._sample(self.replay, rows // 2), self._sample(self.prior, rows // 2))
-        else:
-            batch = self._sample(self.replay, rows)
-        batches = minibatches(batch, self.agent.utd, self.agent.batch)
-        jax.block_until_ready(self._metrics)  # one update in flight, while the next batch is drawn
+        batches = minibatches(self._sample(), self.agent.utd, self.agent.batch)
+        # one update in flight, while the next batch is drawn; the one after that takes its batch's place
+        self._ended, _ = jax.block_until_ready((self._metrics, self.state))
+        batches = jax.device_put(batches, self._split) if self._split else batches
         self.state, self._metrics = self._algorithm.update(self.agent, self.state, batches)
         self.updates += self.agent.utd
         self.update_s += time.perf_counter() - start
 
-    def _sample(self, replay: Replay, rows: int) -> Batch:
-        share = self.task.spec.hindsight
-        if share == 0.0:
-            return replay.sample(self._rng, rows)
-        batch = replay.sample_future(self._rng, rows)
-        future = batch.pop("future_obs")
-        return self.task.in_hindsight(batch, future, self._rng)
+    def _sample(self) -> Batch:
+        """The rows of one step's updates, mini-batch after mini-batch."""
+        learner = self.config.learner
+        share = learner.prior_share
+        if learner.prior_anneal:
+            share += min(self.updates / learner.prior_anneal, 1.0) * (learner.prior_share_end - share)
+        batch = self._strata.draw(self._rng, share)
+        if self.task.spec.hindsight > 0.0:
+            future = batch.pop("future_obs")
+            batch = self.task.in_hindsight(batch, future, self._rng)
+        return batch

@@ -23,7 +23,7 @@ import zmq
 
 from ..robot_env.record import Meta, Record, decode
 from . import wire
-from .pump import Pump
+from .pump import GATHER_S, Pump
 from .spool import Spool
 from .wire import Malformed, Message, Params, VersionError, WireError
 
@@ -49,6 +49,7 @@ class Stream:
     told: dict[str, Any] | None = None  # what the last ACK said; None: one is due
     want: int | None = None  # offset of the chunk of weights that was asked for
     received: int = 0
+    came: list[tuple[bytes, Record]] = field(default_factory=list)  # to be stored, from `expected` on
     weights_at: float = math.inf  # when the actor's weights were published
     seen: float = -math.inf
     report: dict[str, Any] = field(default_factory=lambda: {"state": "run", "stats": {}})  # its last STATUS
@@ -79,22 +80,35 @@ class LearnerLink:
         self._queue: deque[tuple[str, Record]] = deque()
         self._weights = wire.NO_WEIGHTS
         self._stop = ""  # why the actors are to end
+        self._came = 0  # records that came and are not stored yet
+        self._store_at = 0.0  # when they are at the latest
         self._pump = Pump(zmq.ROUTER, bind)
+        self._pump.resting = lambda: self._queue  # while the learner has something to do
         self.address = self._pump.address
         self._pump.start(self._take, self._turn)
 
-    def poll(self, timeout: float = 0.0) -> list[tuple[str, Record]]:
-        """(stream, record) of all that came since the last call; waits up to `timeout` s for the first.
+    def poll(self, timeout: float = 0.0, most: int = MAX_QUEUED) -> list[tuple[str, Record]]:
+        """(stream, record) of what came since the last call, at most so many; waits up to `timeout` s for the first.
 
         A jump in a stream's sequence numbers means that the records between are lost for good.
         """
         self._pump.wait(lambda: self._queue, timeout)
-        return [self._queue.popleft() for _ in range(len(self._queue))]
+        found = [self._queue.popleft() for _ in range(min(len(self._queue), most))]
+        if found and not self._queue:
+            self._pump.wake()  # for more
+        return found
 
-    def set_run_until(self, stream: str, step: int) -> None:
-        """Let the actor of `stream` go up to `step`; never less than before."""
-        if stream in self._streams and step > self._streams[stream].run_until:
-            self._streams[stream].run_until = step
+    @property
+    def waiting(self) -> int:
+        """Records that came and were not taken yet."""
+        return len(self._queue)
+
+    def set_run_until(self, steps: Mapping[str, int]) -> None:
+        """Let the actors of these streams go up to a step; never less than before."""
+        due = {n: step for n, step in steps.items() if n in self._streams and step > self._streams[n].run_until}
+        for name, step in due.items():
+            self._streams[name].run_until = step
+        if due:
             self._pump.wake()
 
     def publish(self, version: int, params: Params) -> None:
@@ -124,6 +138,11 @@ class LearnerLink:
 
     def _turn(self) -> bool | None:
         closing = self._pump.end_by < math.inf  # what was due before is sent below
+        if closing or not self._queue or time.monotonic() >= self._store_at:
+            self._came, self._store_at = 0, time.monotonic() + GATHER_S
+            for stream in self._streams.values():
+                if stream.came and stream.meta:
+                    self._store(stream, stream.meta)
         for stream in self._streams.values():
             if stream.route:
                 self._serve(stream)
@@ -170,6 +189,7 @@ class LearnerLink:
             if lines:
                 self._send(route, "REFUSE", "; ".join(lines).encode())
                 return
+            stream.came.clear()  # comes again
             stream.expected = max(stream.expected, first)  # what is lost is no reason to wait
             stream.owner = self._pump.peer
             stream.meta, stream.route, stream.want, stream.told = meta, route, None, None
@@ -191,17 +211,23 @@ class LearnerLink:
             stream.want = fields["offset"] if fields["version"] == self._weights.version else 0
 
     def _on_data(self, stream: Stream, meta: Meta, first: int, payloads: list[bytes]) -> None:
-        if first > stream.expected:
+        due, room = stream.expected + len(stream.came), MAX_QUEUED - len(self._queue) - self._came
+        if first > due:
             return  # too early; the actor goes back
-        due, room = stream.expected, MAX_QUEUED - len(self._queue)
-        new = payloads[due - first :][:room]
+        new = payloads[due - first :][: max(0, room)]
         records = [decode(payload) for payload in new]
         if any(record.seq != seq for seq, record in enumerate(records, due)):
             raise Malformed("a record under another number")
-        stored = self._journal(meta, due, new) if new else 0  # they may all be here
+        stream.came += zip(new, records, strict=True)
+        self._came += len(new)
+
+    def _store(self, stream: Stream, meta: Meta) -> None:
+        """Store what came of a stream and give it out; what does not fit comes again."""
+        came, stream.came = stream.came, []
+        stored = self._journal(meta, stream.expected, [payload for payload, _ in came])
         stream.expected += stored
         stream.received += stored
-        self._queue.extend((meta.stream, record) for record in records[:stored])
+        self._queue.extend((meta.stream, record) for _, record in came[:stored])
 
 
 class NoLearner(WireError):
@@ -227,6 +253,7 @@ class ActorLink:
         self._stats: dict[str, float] = {}
         self._spool = Spool()
         self._sent = 0  # highest sequence number sent on this connection
+        self._sent_at = 0.0  # when that was
         self._progress_at = 0.0  # when the window last moved
         self.prepare: Callable[[int, Params], Any] = lambda version, params: params
         self._inbox = wire.Inbox()
@@ -336,9 +363,12 @@ class ActorLink:
         if self._sent < spool.first or now - self._progress_at > GO_BACK_S:
             self._sent, self._progress_at = spool.first - 1, now
         batch = spool.batch(self._sent + 1) if self._sent + 1 - spool.first < WINDOW else []
+        under_way = self._sent >= spool.first and now - self._sent_at < GATHER_S
+        if under_way and self._sent + len(batch) + 1 == spool.next_seq and self._pump.end_by == math.inf:
+            return False  # the last ones wait for more, or until those before are acknowledged
         if not batch or not self._send("DATA", msgpack.packb(batch), seq=self._sent + 1):
             return False
-        self._sent += len(batch)
+        self._sent, self._sent_at = self._sent + len(batch), now
         return True
 
     def _send(self, kind: str, body: bytes = b"", **fields: Any) -> bool:

@@ -12,7 +12,9 @@ from .record import Record
 from .safety import CLAMPS
 from .task import Task
 
-TRAINED_SOURCES = ("policy", "takeover", "teacher")
+TAKEOVER = "takeover"
+TRAINED_SOURCES = ("policy", TAKEOVER, "teacher")
+_LOW, _HIGH = np.float32(-1.0), np.float32(1.0)
 BOX_TOLERANCE = 1e-4  # an action this far outside [-1, 1] is rounding
 
 
@@ -28,6 +30,7 @@ class Sample:
     truncated: bool
     train: bool  # False where the gate held the robot, where the command left the action box, for resets (law 5)
     part: int = 0  # of its stream, rises where records are lost: samples of two parts are never paired
+    takeover: bool = False  # a person drove
 
 
 class Fold:
@@ -57,17 +60,18 @@ class Fold:
             self._progress = self._task.begin(record.reading)
         elif last is not None and last.action is not None:  # time has passed
             outcome = self._task.advance(self._progress, self._action, record.reading)
-        before = np.clip(self._action, -1.0, 1.0)
+        before = _boxed(self._action)
         obs = self._task.observe(self._progress, record.reading, self._action)
         action = None
         if record.action is not None:
             self._action = record.action
-            action = np.clip(record.action, -1.0, 1.0)
+            action = _boxed(record.action)
         vetoed = any(name.startswith("gate_") and name[5:] not in CLAMPS for name in record.events)
         judged = action is not None and not lost and not vetoed and record.source in TRAINED_SOURCES
-        train = judged and bool((np.abs(self._action) <= 1.0 + BOX_TOLERANCE).all())
+        train = judged and bool(np.abs(self._action).max() <= 1.0 + BOX_TOLERANCE)
         ended = record.terminated, record.truncated
-        sample = Sample(obs, before, action, record.reward, *ended, train, self._part)
+        takeover = record.source == TAKEOVER
+        sample = Sample(obs, before, action, record.reward, *ended, train, self._part, takeover)
         if not self._relabel:
             return [sample]
         done, self._pending = self._pending, sample if action is not None else None
@@ -84,6 +88,11 @@ class Fold:
         """The end of a recording that was cut short: its last observation closes the segment."""
         pending, self._pending = self._pending, None
         return [] if pending is None else [replace(pending, action=None, train=False)]
+
+
+def _boxed(action: np.ndarray) -> np.ndarray:
+    """Within [-1, 1]; several times as fast as np.clip on a few numbers."""
+    return np.minimum(np.maximum(action, _LOW), _HIGH)
 
 
 def samples(task: Task, records: Iterable[Record]) -> Iterator[Sample]:

@@ -9,7 +9,10 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
+
+import pytest
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -19,7 +22,8 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 # nothing is read from, or left in, the home of who runs the tests
 os.environ["HOME"] = _home = tempfile.mkdtemp(prefix="tether-home-")
-os.environ.pop("TETHER_KEYS", None)
+for _name in ("TETHER_KEYS", "XDG_CACHE_HOME"):
+    os.environ.pop(_name, None)
 atexit.register(shutil.rmtree, _home, ignore_errors=True)
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # many processes compile the same small update
@@ -68,3 +72,12 @@ def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def quick_compiles() -> Iterator[None]:
+    """Half the time of a test may go into optimising nets that are too small to gain from it."""
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

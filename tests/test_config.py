@@ -16,7 +16,8 @@ def test_full_is_rlpd_as_published():
     want = dict(
         ensemble=10, subset=2, hidden=(256, 256), critic_lr=3e-4, actor_lr=3e-4, temp_lr=3e-4, tau=0.005,
         gamma=0.99, n_step=1, init_temperature=1.0, target_entropy=None, backup_entropy=True, batch=256,
-        utd=20, max_delta=None, layer_norm=True,
+        utd=20, max_delta=None, layer_norm=True, actor_hidden=None, adam_b1=0.9, actor_every=None, dropout=0.0,
+        native=False,
     )  # fmt: skip
     assert dict(found.agent) == want
     assert found.algorithm == "rlpd"
@@ -76,7 +77,7 @@ def test_set_takes_toml_values_and_bare_words():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("agent.gama=0.9", "--set: agent.gama is no setting; valid are ensemble, subset"),
+        ("agent.gama=0.9", "--set: agent.gama is no setting; valid are ensemble, hidden"),
         ("agnt.gamma=0.9", "--set: agnt is no setting; valid are agent, learner, actor"),
         ("agent.gamma=high", "--set: agent.gamma must be a number, not 'high'"),
         ("agent.gamma=true", "agent.gamma must be a number"),
@@ -93,6 +94,9 @@ def test_set_takes_toml_values_and_bare_words():
         ("agent.backup_entropy=1", "agent.backup_entropy must be true or false, not 1"),
         ("agent=1", "write section.key=value"),
         ("learner.steps=0", "[learner] steps = 0: must be at least 1"),
+        ("learner.prior_share=1.5", "[learner] prior_share = 1.5: must lie between 0 and 1"),
+        ("learner.prior_share_end=-0.1", "[learner] prior_share_end = -0.1: must lie between 0 and 1"),
+        ("learner.prior_anneal=-1", "[learner] prior_anneal = -1: must not be negative"),
         ("gamma=0.9", "write section.key=value"),
         ("agent.gamma", "write section.key=value"),
         ("agent.gamma=[", "agent.gamma must be a number, not '['"),
@@ -154,6 +158,25 @@ def test_an_algorithm_that_plugs_in_says_what_it_takes(monkeypatch):
     monkeypatch.setattr(catalog, "algorithm", lambda name: type("Module", (), {"Config": Theirs}))
     found = config.load("cpu", "gym", ["agent.algorithm=theirs", "agent.width=5"])
     assert found.algorithm == "theirs"
-    assert dict(found.agent) == {"gamma": 0.99, "width": 5, "style": "plain"}
+    assert dict(found.agent) == {"gamma": 0.5, "width": 5, "style": "plain"}  # presets' [agent] is for rlpd
+    assert config.load("cpu", "course", ["agent.algorithm=theirs"]).agent["gamma"] == 0.95  # families are for all
     with pytest.raises(ConfigError, match="agent.utd is no setting; valid are gamma, width, style"):
         config.load("cpu", "gym", ["agent.algorithm=theirs", "agent.utd=5"])
+
+
+def test_an_algorithm_keeps_its_own_numbers_whatever_preset():
+    own = catalog.algorithm("crossq").Config()
+    for preset in ("full", "cpu"):
+        found = config.load(preset, "gym", ["agent.algorithm=crossq"])
+        assert found.agent == dataclasses.asdict(own)
+    driving = config.load("cpu", "course", ["agent.algorithm=crossq"])
+    assert driving.agent["max_delta"] == 0.2 and driving.agent["hidden"] == own.hidden
+
+
+def test_a_preset_that_names_an_algorithm_is_for_that_one(tmp_path):
+    (tmp_path / "mine.toml").write_text('[agent]\nalgorithm = "xqc"\natoms = 51\n[family.gym.agent]\ngamma = 0.9\n')
+    found = config.load(f"cpu,{tmp_path}/mine.toml", "gym")
+    assert (found.algorithm, found.agent["atoms"], found.agent["gamma"]) == ("xqc", 51, 0.9)
+    assert found.agent["hidden"] == catalog.algorithm("xqc").Config().hidden
+    other = config.load(f"cpu,{tmp_path}/mine.toml", "gym", ["agent.algorithm=rlpd"])
+    assert other.agent["gamma"] == 0.9 and other.agent["hidden"] == (128, 128)

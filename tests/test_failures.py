@@ -345,7 +345,7 @@ class Orders:
 
     def keep(self, meta: Meta, first: int, payloads: list[bytes]) -> int:
         self.records += map(decode, payloads)
-        self.link.set_run_until(meta.stream, self.steps)
+        self.link.set_run_until({meta.stream: self.steps})
         if sum(record.action is not None for record in self.records) >= self.steps - 1:
             self.link.stop("that will do")
         return len(payloads)

@@ -18,6 +18,7 @@ from tests.conftest import FAKE, SETTINGS
 jax = pytest.importorskip("jax")
 
 from tether.agents.snapshot import SnapshotError  # noqa: E402
+from tether.launch import trainer as trainer_module  # noqa: E402
 from tether.launch.learner import Job, Learner  # noqa: E402
 from tether.launch.log import Log  # noqa: E402
 from tether.launch.trainer import Diverged, Trainer  # noqa: E402
@@ -46,6 +47,7 @@ def learner(*more: str, resume: bool = False):
         made = Learner(job, log)
         made.link.wait_closed = lambda timeout: True  # the actors here never leave
         try:
+            made.ready()
             yield made, said
         finally:
             made.link.close()
@@ -110,6 +112,7 @@ def poison(trainer: Trainer, at: int) -> None:
             state = state._replace(actor=jax.tree.unflatten(jax.tree.structure(state.actor), [first * np.nan, *rest]))
         return state, metrics
 
+    update.lower = algorithm.update.lower  # it is compiled before
     trainer._algorithm = SimpleNamespace(**vars(algorithm) | {"update": update})
 
 
@@ -159,6 +162,23 @@ def test_a_resumed_learner_has_the_weights_of_one_that_was_never_interrupted(dam
     whole = trained(kept)
     assert (two.trainer.steps, two.trainer.updates) == (whole.steps, whole.updates)
     assert_same(params, whole.policy())
+
+
+def test_a_resumed_learner_trains_on_no_more_steps_than_it_was_told_to():
+    """Records that came after the last step it trains on lie in steps/, too."""
+    records = drive(STEPS + 20)
+    with learner() as (one, _), actor(one.link.address, records[:20]) as (link, _):
+        while one.trainer.steps < 15:
+            one._turn()
+        one.trainer.save(Path("run/snapshots"))
+        for record in records[20:]:
+            link.send(record.seq, encode(record))
+        while max(one.trainer.cursor.values()) < records[-1].seq:
+            one._turn()
+    with learner(resume=True) as (two, _):
+        whole = trained(stored())
+        assert whole.steps > STEPS
+        assert (two.trainer.steps, two.trainer.updates) == (whole.steps, whole.updates)
 
 
 @pytest.mark.parametrize("publish_every", [1, 1000])
@@ -227,3 +247,70 @@ def test_weights_that_an_actor_refuses_are_told_once():
         for _ in range(3):
             one._turn()
     assert said.getvalue().count("refuses newer ones: 'weights 9: \\x1b[2Jnot finite'") == 1
+
+
+def drawable(replay) -> set[bytes]:
+    """The observations that can be drawn."""
+    rows = replay.sample(np.random.default_rng(0), 4000)["obs"]
+    return {row.tobytes() for row in rows}
+
+
+def test_blocks_of_steps_are_held_out_and_measured_on(monkeypatch):
+    monkeypatch.setattr(trainer_module, "BLOCK", 5)
+    records = drive(300)
+    every, none = trained(records, "learner.held_out=4"), trained(records, "learner.held_out=0")
+    apart, rest, whole = drawable(every._aside), drawable(every.replay), drawable(none.replay)
+    assert not apart & rest and apart | rest == whole
+    assert len(apart) == pytest.approx(len(whole) / 4, rel=0.2)
+    every.metrics()
+    found = every.metrics()  # told the next time, so that nothing waits
+    assert found["learn/held_out_loss"] > 0 and "learn/held_out_loss" not in none.metrics() | none.metrics()
+
+
+def test_critics_that_learn_by_heart_are_told_of_once():
+    with learner() as (one, said):
+        for apart, times in ((5.1, 4), (4.9, 1), (5.1, 5), (9.0, 9)):
+            for _ in range(times):
+                one._look_at({"learn/critic_loss": 1.0, "learn/held_out_loss": apart})
+    assert said.getvalue().count("learn by heart") == 1
+
+
+def test_a_learner_that_cannot_keep_up_makes_fewer_updates_and_loses_no_record(monkeypatch):
+    monkeypatch.setattr("tether.launch.learner.MAX_BEHIND", 10)
+    monkeypatch.setattr("tether.launch.learner.TAKEN", 8)
+    records = drive(150)
+    steps = sum(record.action is not None for record in records)
+    with learner("learner.steps=1000", "learner.max_lead=1") as (one, _), actor(one.link.address, records):
+        assert one.link._pump.wait(lambda: one.link.waiting == len(records), WAIT_S)
+        one._turn()
+        assert one.trainer.steps == 8 and one.link.waiting == len(records) - 8
+        while one.trainer.steps < steps:
+            one._turn()
+        measured = one.trainer.metrics()
+    assert [record.seq for record in stored()] == [record.seq for record in records]
+    assert one.trainer.replay._added == len(records)
+    # none before what waits is no more than the bound and the step that was allowed; then one a step
+    assert 0 < one.trainer.updates <= 10 + 1 + 8
+    assert measured["learn/utd"] == one.trainer.updates / (steps - 10 + 1) < 1.0
+
+
+def test_weights_are_sent_when_there_was_an_update_and_not_more_often_than_asked():
+    with learner("learner.steps=1000", "learner.publish_every=7") as (one, _), actor(one.link.address, drive(60)):
+        sent = []
+        publish = one.link.publish
+        one.link.publish = lambda version, params: sent.append(one.trainer.steps) or publish(version, params)
+        while one.trainer.steps < 50:
+            one._turn()
+    assert sent[0] == 10 and set(np.diff(sent)) == {7}  # from the first update on
+
+
+def test_metrics_are_those_of_an_update_that_has_ended():
+    one = trained(drive(30))
+
+    class Unfinished:
+        def __float__(self):
+            raise AssertionError("waited for")
+
+    ended = one._metrics
+    one._ended, one._metrics = ended, {name: Unfinished() for name in ended}
+    assert one.metrics()["learn/critic_loss"] == float(ended["critic_loss"])

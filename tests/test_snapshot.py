@@ -172,15 +172,15 @@ def test_what_the_disk_holds_is_verified_before_it_counts(tmp_path, monkeypatch)
 def test_an_agent_of_other_settings_is_never_restored_in_part(tmp_path):
     fill(tmp_path, 2)
     state = fresh()
-    wider = state._replace(critic=state.critic | {"value_bias": jax.numpy.zeros((4, 1))})
-    with pytest.raises(SnapshotError, match=r"task/critic/value_bias is float32\[3, 1\], .* float32\[4, 1\]"):
+    wider = state._replace(critic={"params": state.critic["params"] | {"value_bias": jax.numpy.zeros((4, 1))}})
+    with pytest.raises(SnapshotError, match=r"task/critic/params/value_bias is float32\[3, 1\], .* float32\[4, 1\]"):
         snapshot.load(tmp_path, {"task": wider})
     whole = state._replace(log_temperature=jax.numpy.zeros((), int))
     with pytest.raises(SnapshotError, match="is float32.*needs int32.*resume with the settings"):
         snapshot.load(tmp_path, {"task": whole})
-    fewer = state._replace(actor={k: v for k, v in state.actor.items() if k != "log_std"})
+    fewer = state._replace(actor={"params": {k: v for k, v in state.actor["params"].items() if k != "log_std"}})
     with pytest.raises(
-        SnapshotError, match=r"actor/log_std/bias is float32\[2\], this run needs absent"
+        SnapshotError, match=r"actor/params/log_std/bias is float32\[2\], this run needs absent"
     ):
         snapshot.load(tmp_path, {"task": fewer})
 

@@ -242,7 +242,7 @@ def test_several_actors_feed_one_learner():
         while len(found) < count * len(metas):
             for name, record in link.poll(PATIENCE):
                 found.append((name, record))
-                link.set_run_until(name, record.seq)
+                link.set_run_until({name: record.seq})
         for thread in threads:
             thread.join()
     for meta in metas:
@@ -590,6 +590,36 @@ def test_a_chunk_is_sent_when_it_is_asked_for_so_that_acknowledgements_pass():
         assert (newer["version"], newer["offset"]) == (2, 0)
 
 
+def test_messages_gather_while_the_learner_has_records_and_come_at_once_when_it_waits(monkeypatch):
+    for module in (pump, transport):
+        monkeypatch.setattr(module, "GATHER_S", 2 * PATIENCE)  # nobody here waits for so long
+    stored = []
+
+    def journal(meta, first, payloads):
+        stored.append(len(payloads))
+        return len(payloads)
+
+    with learner(journal=journal) as link, actor(link.address, describe(), flush=0) as one:
+        one.send(1, payload(1))
+        until(one, lambda: one._spool.first == 2)
+        assert len(link._queue) == 1
+        for i in range(2, 22):
+            one.send(i, payload(i))
+        assert seqs(link.poll(), None) == [1]
+        assert seqs(collect(link, 20)) == list(range(2, 22))
+        assert sum(stored) == 21 and len(stored) <= 4
+        one.send(22, payload(22))
+        assert seqs(link.poll(PATIENCE)) == [22]
+
+
+def test_poll_gives_no_more_than_asked_for():
+    with learner() as link, actor(link.address, describe()) as one:
+        for i in range(1, 6):
+            one.send(i, payload(i))
+        until(link, lambda: link.waiting == 5)
+        assert [seqs(link.poll(0.0, 3)), link.waiting, seqs(link.poll(0.0, 3))] == [[1, 2, 3], 2, [4, 5]]
+
+
 # --- permission to go on, status, stop
 
 
@@ -600,11 +630,11 @@ def test_run_until_wakes_the_actor_and_never_falls():
         waiting = threading.Thread(target=lambda: reached.append(one.wait_run_until(7, PATIENCE)))
         reached = []
         waiting.start()
-        link.set_run_until(meta.stream, 7)
+        link.set_run_until({meta.stream: 7})
         waiting.join()
         assert reached == [True]
-        link.set_run_until(meta.stream, 3)
-        link.set_run_until("f" * 16, 9)  # unknown: nobody to tell
+        link.set_run_until({meta.stream: 3})
+        link.set_run_until({"f" * 16: 9})  # unknown: nobody to tell
         one.send(1, payload(1))
         collect(link, 1)
         until(one, lambda: len(one._spool) == 0)

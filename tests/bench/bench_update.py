@@ -1,6 +1,10 @@
-"""What a learner's step costs: drawing the batches and one `rlpd.update`. Medians of interleaved runs.
+"""What one step of learning costs: every algorithm's update, beside sbx's and SB3's where they are installed.
 
-python tests/bench/bench_update.py [--calls 30] [--out bench_update.json]
+    python tests/bench/bench_update.py [--calls 9] [--out bench_update.json]
+
+Observation 48, action 12, batch 256, 2 x 256; a call is 20 critic updates and one of the actor (CrossQ and XQC as
+their settings have it). Medians of calls that take turns, so that all have the same weather; the floor is what the
+matrix products alone would take at this machine's sgemm rate.
 """
 
 from __future__ import annotations
@@ -11,86 +15,162 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
-from tether.agents import rlpd
-from tether.agents.replay import Replay, minibatches, symmetric
+from tether.agents import crossq, droq, native, rlpd, xqc
 
-OBS, ACT = 20, 2
-SETTINGS = {
-    "E2 UTD4": rlpd.Config(ensemble=2, utd=4),
-    "E2 UTD4 max_delta": rlpd.Config(ensemble=2, utd=4, max_delta=0.2),
-    "E10 UTD20": rlpd.Config(ensemble=10, utd=20),
-}
+OBS, ACT, BATCH, WIDTH, UTD = 48, 12, 256, 256, 20
+SHAPES = {"E2": 2, "E10": 10}
+WARM = 6  # calls before any is measured: an actor that moves now and then is compiled by then, too
+Call = Callable[[], None]
 
 
-def filled(seed: int, steps: int = 20_000) -> tuple[Replay, float]:
-    """A replay of random steps, and the microseconds one `add` takes."""
-    rng, replay = np.random.default_rng(seed), Replay(steps, OBS, ACT)
-    rows = rng.standard_normal((steps, OBS)).astype(np.float32)
-    start = time.perf_counter()
-    for i, row in enumerate(rows):
-        action = None if i % 200 == 199 else row[:ACT].clip(-1, 1)
-        replay.add("a", SimpleNamespace(
-            obs=row, prev_action=row[:ACT], action=action, reward=float(row[0]), terminated=False,
-            truncated=False, train=True,
-        ))  # fmt: skip
-    return replay, (time.perf_counter() - start) / steps * 1e6
+def ours(algorithm: Any, **settings: Any) -> Call:
+    """One update of an algorithm on a ready batch."""
+    cfg = algorithm.Config(**settings)
+    rng, state = np.random.default_rng(0), algorithm.init(cfg, jax.random.key(0), OBS, ACT)
 
+    def rows(*shape: int) -> np.ndarray:
+        return rng.standard_normal((cfg.utd, cfg.batch, *shape)).astype(np.float32)
 
-def learner(cfg: rlpd.Config, online: Replay, prior: Replay) -> Callable[[], tuple[float, float]]:
-    """One step of learning as a function that returns the seconds of drawing and of updating."""
-    rng, half = np.random.default_rng(0), cfg.utd * cfg.batch // 2
-    state = rlpd.init(cfg, jax.random.key(0), OBS, ACT)
+    batches = {
+        "obs": rows(OBS), "action": np.tanh(rows(ACT)), "prev_action": np.tanh(rows(ACT)), "reward": rows(),
+        "discount": np.full((cfg.utd, cfg.batch), 0.99, np.float32), "next_obs": rows(OBS),
+        "next_prev_action": np.tanh(rows(ACT)), "return_max": np.full((cfg.utd, cfg.batch), 50, np.float32),
+    }  # fmt: skip
 
-    def step() -> tuple[float, float]:
+    def call() -> None:
         nonlocal state
-        start = time.perf_counter()
-        batch = symmetric(online.sample(rng, half), prior.sample(rng, half))
-        batches = minibatches(batch, cfg.utd, cfg.batch)
-        drawn = time.perf_counter()
-        state, metrics = rlpd.update(cfg, state, batches)
+        state, metrics = algorithm.update(cfg, state, batches)
         jax.block_until_ready((state, metrics))
-        return drawn - start, time.perf_counter() - drawn
 
-    return step
+    return call
+
+
+def peer(package: str, name: str, updates: int, **settings: Any) -> Call:
+    """`updates` gradient steps of a learner of sbx or stable_baselines3 on its own filled buffer."""
+    import importlib
+
+    import gymnasium
+    from stable_baselines3.common.logger import configure
+
+    class Env(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (OBS,), np.float32)
+        action_space = gymnasium.spaces.Box(-1, 1, (ACT,), np.float32)
+
+    algorithm = getattr(importlib.import_module(package), name)
+    model = algorithm("MlpPolicy", Env(), batch_size=BATCH, buffer_size=20_000, seed=0, **settings)
+    model.set_logger(configure(None, []))
+    rng = np.random.default_rng(0)
+    for _ in range(5_000):
+        obs, following = rng.standard_normal((2, 1, OBS)).astype(np.float32)
+        model.replay_buffer.add(obs, following, rng.uniform(-1, 1, (1, ACT)), np.zeros(1), np.zeros(1, bool), [{}])
+    if package == "sbx":
+        return lambda: (model.train(updates, BATCH), jax.block_until_ready(model.policy.qf_state.params))[0]
+    return lambda: model.train(updates, BATCH)
+
+
+def gflop(ensemble: int, subset: int = 2) -> float:
+    """Of the matrix products of UTD critic updates and one actor update."""
+    critic, actor = [OBS + ACT, WIDTH, WIDTH, 1], [OBS, WIDTH, WIDTH, 2 * ACT]
+    q, a = ([2 * BATCH * x * y for x, y in zip(d[:-1], d[1:], strict=True)] for d in (critic, actor))
+    update = ensemble * (2 * sum(q) + sum(q[1:])) + subset * sum(q) + sum(a)
+    climb = 2 * sum(a) + sum(a[1:]) + ensemble * (sum(q) + sum(q[1:]) + 2 * BATCH * ACT * WIDTH)
+    return (UTD * update + climb) / 1e9
+
+
+def sgemm() -> float:
+    """GFLOP/s of NumPy's matrix product, the best of several."""
+    a, best = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32), np.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best / 1e9
+
+
+def rivals() -> dict[str, Call]:
+    """The calls, by name; those of one shape, and their peers, one after the other."""
+    calls: dict[str, Call] = {}
+    try:
+        native.load()
+        compiled = {"": {}, ", native": {"native": True}}
+    except native.NativeError as error:
+        print(f"without the native update: {error}")
+        compiled = {"": {}}
+    with_sbx, with_sb3 = (find_spec(package) is not None for package in ("sbx", "stable_baselines3"))
+    layers = {"net_arch": [WIDTH, WIDTH], "layer_norm": True}
+    for shape, ensemble in SHAPES.items():
+        for suffix, settings in compiled.items():
+            calls[f"rlpd {shape}{suffix}"] = ours(rlpd, ensemble=ensemble, utd=UTD, **settings)
+        if with_sbx:
+            kind = {"policy_kwargs": layers | {"n_critics": ensemble}, "policy_delay": UTD}
+            calls[f"sbx SAC {shape}"] = peer("sbx", "SAC", UTD, gradient_steps=UTD, **kind)
+        if with_sb3:
+            kind = {"policy_kwargs": {"net_arch": [WIDTH, WIDTH], "n_critics": ensemble}}
+            calls[f"SB3 SAC {shape}, actor each time"] = peer("stable_baselines3", "SAC", UTD, **kind)
+    for suffix, settings in compiled.items():
+        calls[f"droq{suffix}"] = ours(droq, utd=UTD, **settings)
+    if with_sbx:
+        kind = {"policy_kwargs": layers | {"n_critics": 2, "dropout_rate": 0.01}, "policy_delay": UTD}
+        calls["sbx DroQ"] = peer("sbx", "SAC", UTD, gradient_steps=UTD, **kind)
+    calls["crossq"] = ours(crossq)
+    if with_sbx:
+        calls["sbx CrossQ"] = peer("sbx", "CrossQ", 1)
+    calls["xqc"] = ours(xqc)
+    return calls
+
+
+def versus(name: str) -> str:
+    """The peer a call is compared with."""
+    if name.startswith(("rlpd", "SB3")):
+        return f"sbx SAC {'E10' if 'E10' in name else 'E2'}"
+    return {"droq": "sbx DroQ", "crossq": "sbx CrossQ"}.get(name.split(",")[0], "")
+
+
+def measure(calls: int) -> dict[str, Any]:
+    """Print the table; return it."""
+    running, times = rivals(), {}
+    first = {}
+    for name, call in running.items():
+        start = time.perf_counter()
+        call()
+        first[name], times[name] = time.perf_counter() - start, []
+        for _ in range(WARM):
+            call()
+    peak = sgemm()
+    for _ in range(calls):
+        for name, call in running.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    peak = max(peak, sgemm())
+    print(f"{os.cpu_count()} cores, sgemm {peak:.0f} GFLOP/s; medians of {calls} calls in turn")
+    print(f"{'':32} {'ms':>8} {'of sbx':>7} {'of the floor':>13} {'first s':>8}")
+    rows: dict[str, Any] = {}
+    for name, found in times.items():
+        row = rows[name] = {"ms": float(np.median(found)), "first_s": first[name]}
+        other = times.get(versus(name))
+        if other is not None:
+            row["of_sbx"] = row["ms"] / float(np.median(other))
+        if name.startswith(("rlpd", "droq")):
+            row["floor_share"] = 1e3 * gflop(10 if "E10" in name else 2) / peak / row["ms"]
+        ratio, share = (f"{row[k]:.2f}" if k in row else "" for k in ("of_sbx", "floor_share"))
+        print(f"{name:32} {row['ms']:8.1f} {ratio:>7} {share:>13} {row['first_s']:8.1f}")
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__, "sgemm_gflops": peak}
+    return {"machine": machine, "calls": calls, "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=30, help="measured calls of each setting")
+    parser.add_argument("--calls", type=int, default=9, help="measured calls of each")
     parser.add_argument("--out", type=Path, default=Path("bench_update.json"))
     arguments = parser.parse_args()
-    (online, add_us), (prior, _) = filled(0), filled(1)
-    steps = {name: learner(cfg, online, prior) for name, cfg in SETTINGS.items()}
-    first = {name: sum(step()) for name, step in steps.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for _ in range(arguments.calls):
-        for name, step in steps.items():
-            times[name].append(step())
-    print(f"observation {OBS}, action {ACT}, batch 256, 2x256; {os.cpu_count()} cores; add {add_us:.0f} us")
-    print(f"{'setting':20} {'update ms':>10} {'p90':>8} {'draw ms':>8} {'share':>7} {'first s':>8}")
-    rows = {}
-    for name, pairs in times.items():
-        draw, update = np.array(pairs).T * 1e3
-        rows[name] = {
-            "update_ms": float(np.median(update)),
-            "update_ms_p90": float(np.percentile(update, 90)),
-            "draw_ms": float(np.median(draw)),
-            "draw_share": float(np.median(draw) / np.median(update)),
-            "first_s": first[name],
-        }
-        r = rows[name]
-        print(
-            f"{name:20} {r['update_ms']:10.1f} {r['update_ms_p90']:8.1f} {r['draw_ms']:8.2f} "
-            f"{r['draw_share']:7.1%} {r['first_s']:8.1f}"
-        )
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__}
-    report = {"machine": machine, "calls": arguments.calls, "add_us": add_us, "settings": rows}
-    arguments.out.write_text(json.dumps(report, indent=1))
+    arguments.out.write_text(json.dumps(measure(arguments.calls), indent=1))
     print(arguments.out)
 
 

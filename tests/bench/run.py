@@ -23,6 +23,8 @@ from tether.launch.transport import ActorLink, LearnerLink
 from tether.robot_env.env import RobotEnv
 from tether.robot_env.record import Record, encode
 
+from tests.bench.bench_replay import replay
+
 HERE = Path(__file__).parent
 REPEATS = 5
 
@@ -92,7 +94,7 @@ def link() -> dict[str, float]:
             start = time.perf_counter()
             send(1)
             learner.poll(10.0)
-            learner.set_run_until(meta.stream, seq)
+            learner.set_run_until({meta.stream: seq})
             actor.wait_run_until(seq, 10.0)
             trips.append(1e3 * (time.perf_counter() - start))
     actor.close()
@@ -145,7 +147,7 @@ def main() -> None:
     subprocess.run([sys.executable, str(HERE / "bench_update.py"), "--out", str(update)], check=True)
     results: dict[str, Any] = {"update": json.loads(update.read_text())}
     update.unlink()
-    for bench in (twin, policy, link, cost):
+    for bench in (replay, twin, policy, link, cost):
         results[bench.__name__] = bench()
         print(f"{bench.__name__}: {results[bench.__name__]}")
     out = Path("bench.json")

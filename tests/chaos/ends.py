@@ -105,7 +105,7 @@ def learner(address: str, folder: Path) -> None:
             if row.seq != last.get(stream, 0) + 1:
                 raise AssertionError(f"{stream}: {row.seq} was given out after {last.get(stream, 0)}")
             last[stream] = row.seq
-            link.set_run_until(stream, row.seq + 1)
+            link.set_run_until({stream: row.seq + 1})
     link.close()
     journal.close()
 
