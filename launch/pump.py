@@ -20,7 +20,7 @@ from .wire import Malformed, WireError
 
 LINGER_MS = 300  # for the last messages at close
 TICK_MS = 50  # at most between two turns
-GATHER_S = 0.2  # for messages that may wait: waking up, and a disk, cost the same for one and for many
+GATHER_S = 0.25  # for messages that may wait: waking up, and a disk, cost the same for one and for many
 # No ZMTP heartbeats: libzmq 4.3.5 aborts the process when one is due while a dead peer's messages wait to be read
 # (zeromq/libzmq#4364). The kernel notices a dead peer, and the actor a silent one.
 OPTIONS = {
