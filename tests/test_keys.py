@@ -53,11 +53,12 @@ class End:
     def turn(self):
         if self.pump.end_by < float("inf"):
             return None
-        self.out = [frames for frames in self.out if not self.pump.send(frames)]
+        while self.out and self.pump.send(self.out[0]):  # the other thread appends
+            self.out.pop(0)
         return False
 
     def send(self, *frames):
-        self.out = [*self.out, list(frames)]
+        self.out.append(list(frames))
         self.pump.wake()
 
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import zmq
 from tether.launch import catalog, cli, config
 from tether.launch.config import RunError
 from tether.robot_env.record import Record, read_streams
@@ -265,12 +266,12 @@ def test_a_signal_ends_a_run_with_a_snapshot_and_it_can_go_on(number):
 
 
 def test_an_actor_that_waits_for_a_learner_ends_at_a_signal():
-    with tether("actor", "--learner", free_address()) as actor:
-        threads = Path(f"/proc/{actor.pid}/task")
-        # not before: a signal while modules are imported may end Python by the signal itself
-        await_(lambda: any("ZMQ" in (thread / "comm").read_text() for thread in threads.iterdir()), actor)
-        actor.send_signal(signal.SIGINT)
-        assert actor.wait(PATIENCE) == 130
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as nobody:
+        port = nobody.bind_to_random_port("tcp://127.0.0.1")
+        with tether("actor", "--learner", f"tcp://127.0.0.1:{port}") as actor:
+            assert nobody.poll(1000 * PATIENCE)  # it asks what there is to do, and nobody answers
+            actor.send_signal(signal.SIGINT)
+            assert actor.wait(PATIENCE) == 130
 
 
 def begun(**changes) -> None:
