@@ -20,17 +20,19 @@ _xavier_each = nn.initializers.xavier_uniform(in_axis=-2, out_axis=-1, batch_axi
 class BatchNorm(nn.Module):
     """Normalises (batch, width) over the batch: by its own statistics when training, else by running ones.
 
-    With `members`, (members, batch, width), each by its own. Scale and bias are learned.
+    With `members`, (members, batch, width), each by its own. Scale and, if `use_bias`, bias are learned.
     """
 
     members: int | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         shape = (x.shape[-1],) if self.members is None else (self.members, 1, x.shape[-1])
         mean = self.variable("stats", "mean", jnp.zeros, shape)
         var = self.variable("stats", "var", jnp.ones, shape)
-        scale, bias = self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else 0.0
         m, v = mean.value, var.value
         if train:
             m = x.mean(-2).reshape(shape)
@@ -45,8 +47,9 @@ class BatchNorm(nn.Module):
 class Actor(nn.Module):
     """A Gaussian before the tanh: (..., obs) -> mean and log standard deviation, (..., action) each.
 
-    Dense -> ReLU per hidden layer, with `batch_norm` of the input and before each ReLU (`folded` takes it out
-    again); the parameter names are those of the onboard runtime.
+    Dense -> ReLU per hidden layer, with `batch_norm` of the input and before each ReLU (`sac.policy_params` takes
+    it out again); the parameter names are those of the onboard runtime. What batch norm would take out, it lacks:
+    the biases before one.
     """
 
     hidden: tuple[int, ...]
@@ -55,9 +58,9 @@ class Actor(nn.Module):
 
     @nn.compact
     def __call__(self, obs: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        x = BatchNorm(name="input")(obs, train) if self.batch_norm else obs
+        x = BatchNorm(use_bias=False, name="input")(obs, train) if self.batch_norm else obs
         for i, width in enumerate(self.hidden):
-            x = nn.Dense(width, kernel_init=_xavier, name=f"dense{i}")(x)
+            x = nn.Dense(width, not self.batch_norm, kernel_init=_xavier, name=f"dense{i}")(x)
             if self.batch_norm:
                 x = BatchNorm(name=f"norm{i}")(x, train)
             x = nn.relu(x)
@@ -69,9 +72,11 @@ class Actor(nn.Module):
 class Critics(nn.Module):
     """An ensemble of independent Q functions: (batch, obs), (batch, action) -> (members, batch, outputs).
 
-    Each layer Dense -> norm -> ReLU; `norm` is "layer" (RLPD), "batch" (also of the input: CrossQ) or "none".
+    Each layer Dense -> norm -> ReLU; `norm` is "layer" (RLPD), "none" or "batch" (CrossQ: also of the input, and
+    without the biases that it would take out).
     All members at once as batched products: parameters (members, in, out), so a subset of members is an index
     into the parameters. With `dropout` (before the norm: DroQ) layer i takes its mask from fold_in(key, i).
+    `rows`: those of the batch whose outputs are wanted; the others count in batch norm's statistics alone.
     """
 
     members: int
@@ -82,14 +87,15 @@ class Critics(nn.Module):
 
     @nn.compact
     def __call__(
-        self, obs: jax.Array, action: jax.Array, train: bool = False, key: jax.Array | None = None
-    ) -> jax.Array:
+        self, obs: jax.Array, action: jax.Array, train: bool = False, key: jax.Array | None = None,
+        rows: slice = slice(None),
+    ) -> jax.Array:  # fmt: skip
         x = jnp.concatenate([obs, action], axis=-1)
         x = jnp.broadcast_to(x, (self.members, *x.shape))  # (members, batch, in)
         if self.norm == "batch":
-            x = BatchNorm(self.members, name="input")(x, train)
+            x = BatchNorm(self.members, use_bias=False, name="input")(x, train)
         for i, width in enumerate(self.hidden):
-            x = self._dense(f"dense{i}", x, width)
+            x = self._dense(f"dense{i}", x, width, use_bias=self.norm != "batch")
             if self.dropout and key is not None:
                 x = x * dropout_mask(jax.random.fold_in(key, i), x.shape, self.dropout)
             if self.norm == "layer":
@@ -97,12 +103,11 @@ class Critics(nn.Module):
             elif self.norm == "batch":
                 x = BatchNorm(self.members, name=f"norm{i}")(x, train)
             x = nn.relu(x)
-        return self._dense("value", x, self.outputs)
+        return self._dense("value", x[:, rows], self.outputs)
 
-    def _dense(self, name: str, x: jax.Array, width: int) -> jax.Array:
-        kernel = self.param(f"{name}_kernel", _xavier_each, (self.members, x.shape[-1], width))
-        bias = self.param(f"{name}_bias", nn.initializers.zeros, (self.members, width))
-        return x @ kernel + bias[:, None]
+    def _dense(self, name: str, x: jax.Array, width: int, use_bias: bool = True) -> jax.Array:
+        x = x @ self.param(f"{name}_kernel", _xavier_each, (self.members, x.shape[-1], width))
+        return x + self.param(f"{name}_bias", nn.initializers.zeros, (self.members, width))[:, None] if use_bias else x
 
     def _layer_norm(self, name: str, x: jax.Array) -> jax.Array:
         scale = self.param(f"{name}_scale", nn.initializers.ones, (self.members, x.shape[-1]))

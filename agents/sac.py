@@ -352,14 +352,13 @@ def policy_params(cfg: Config, state: State) -> dict[str, np.ndarray]:
     for norm, stats in state.actor.get("stats", {}).items():
         mean, var = np.asarray(stats["mean"], np.float32), np.asarray(stats["var"], np.float32)
         gain = out.pop(f"{norm}/scale") / np.sqrt(var + np.float32(BATCH_EPSILON))
-        offset = out.pop(f"{norm}/bias") - mean * gain
         if norm == "input":  # before the first layer
-            out["dense0/bias"] += offset @ out["dense0/kernel"]
+            out["dense0/bias"] = -(mean * gain) @ out["dense0/kernel"]
             out["dense0/kernel"] *= gain[:, None]
         else:  # behind its layer
             layer = norm.replace("norm", "dense")
             out[f"{layer}/kernel"] *= gain
-            out[f"{layer}/bias"] = out[f"{layer}/bias"] * gain + offset
+            out[f"{layer}/bias"] = (out.get(f"{layer}/bias", 0) - mean) * gain + out.pop(f"{norm}/bias")
     return out
 
 

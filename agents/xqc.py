@@ -73,8 +73,8 @@ def _fit(
     rows, support, module = bonus.shape[0], _support(cfg), _module(cfg)
     obs = jnp.concatenate([batch["obs"], batch["next_obs"]])
     action = jnp.concatenate([batch["action"], next_action])
-    logits, _ = module.apply(target, obs, action, True, mutable=["stats"])
-    following = jax.nn.softmax(logits[:, rows:])
+    logits, _ = module.apply(target, obs, action, True, rows=slice(rows, None), mutable=["stats"])
+    following = jax.nn.softmax(logits)
     least = (following @ support).argmin(0)
     chosen = jnp.take_along_axis(following, least[None, :, None], 0)[0]
     scale = jnp.maximum(batch["return_max"], 1e-6) / (FILLED * cfg.reach)
@@ -83,8 +83,8 @@ def _fit(
     goal = project(cfg, chosen, places)
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
-        logits, stats = module.apply(critic | {"params": params}, obs, action, True, mutable=["stats"])
-        logits = logits[:, :rows]
+        variables = critic | {"params": params}
+        logits, stats = module.apply(variables, obs, action, True, rows=slice(rows), mutable=["stats"])
         values = jax.nn.softmax(logits) @ support
         return optax.softmax_cross_entropy(logits, goal[None]).mean(), (values.mean(), stats)
 

@@ -54,8 +54,8 @@ def test_loss_and_gradients_of_an_update_equal_numpy(case):
     assert float(metrics["actor_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
     for name, value in flat({"params": new.actor_opt[0].mu}).items():
         assert relative(value, adam.mu[name]) <= 1e-5, name
-    same(new.actor, p, cfg.actor_lr, cfg.utd)
-    same(new.average, {name: np.mean([a[name] for a in actors], 0) for name in p}, cfg.actor_lr, cfg.utd)
+    same(new.actor, p)
+    same(new.average, {name: np.mean([a[name] for a in actors], 0) for name in p})
 
 
 def test_it_acts_as_it_was_shown_within_its_window():

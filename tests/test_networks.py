@@ -101,7 +101,11 @@ def test_members_share_nothing(norm):
     critics, obs, action = Critics(3, (8, 6), norm, outputs=2), np.ones((4, 3), np.float32), np.ones((4, 1), np.float32)
     obs = obs * np.arange(1, 5, dtype=np.float32)[:, None]
     variables = jax.tree.map(np.array, jax.jit(critics.init)(jax.random.key(0), obs, action))
-    variables["params"]["dense0_bias"][...] = 0.5  # no unit is off
+    bias = "norm0" if norm == "batch" else "dense0"  # no unit is off
+    variables["params"] = jax.tree_util.tree_map_with_path(
+        lambda path, x: x + 0.5 if jax.tree_util.keystr(path, simple=True, separator="_") == f"{bias}_bias" else x,
+        variables["params"],
+    )
     for train in (False, True) if norm == "batch" else (False,):
         value = jax.jit(lambda v, train=train: critics.apply(v, obs, action, train, mutable=["stats"])[0])
         before = np.asarray(value(variables))
