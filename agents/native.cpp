@@ -111,11 +111,12 @@ struct Shape {
   int batch, in, layers, ensemble, updates, subset;
   std::vector<int> width;  // of each layer
   bool norm;
-  float dropout, lr, b1, b2, eps, tau, epsilon;
+  uint32_t dropped;  // hashes below that: to 0; the others times kept
+  float kept, lr, b1, b2, eps, tau, epsilon;
 };
 
 // As networks.dropout_mask.
-static inline float kept(uint32_t element, const uint32_t* words, uint32_t threshold, float scale) {
+static inline float mask(uint32_t element, const uint32_t* words, uint32_t threshold, float scale) {
   uint32_t x = element * 0x9E3779B9u + words[0];
   x = ((x ^ (x >> 16)) * 0x7FEB352Du) ^ words[1];
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
@@ -148,8 +149,6 @@ static Tape lay_out(Room& room, const Shape& s) {
 
 static void forward(Room& room, const Shape& s, const Leaves& p, int per_layer, const float* x, const uint32_t* words,
                     int position, const Tape& tape, float* q) {
-  const uint32_t threshold = uint32_t(double(s.dropout) * 4294967296.0);
-  const float scale = 1.0f / (1.0f - s.dropout);
   int in = s.in;
   for (int i = 0; i < s.layers; ++i) {
     const int w = s.width[i];
@@ -159,9 +158,9 @@ static void forward(Room& room, const Shape& s, const Leaves& p, int per_layer, 
     for (int r = 0; r < s.batch; ++r) {
       float *z = tape.out[i] + size_t(r) * w, *n = tape.normed[i] + size_t(r) * w;
       for (int j = 0; j < w; ++j) z[j] += bias[j];
-      if (s.dropout > 0) {
+      if (s.dropped) {
         const uint32_t first = (uint32_t(position) * s.batch + r) * uint32_t(w);
-        for (int j = 0; j < w; ++j) z[j] *= kept(first + j, words + 2 * i, threshold, scale);
+        for (int j = 0; j < w; ++j) z[j] *= mask(first + j, words + 2 * i, s.dropped, s.kept);
       }
       if (s.norm) {
         float sum = 0, square = 0;
@@ -192,8 +191,6 @@ static void forward(Room& room, const Shape& s, const Leaves& p, int per_layer, 
 // Gradients of the loss with derivative dq (batch) into g; work holds two (batch, widest) matrices.
 static void backward(Room& room, const Shape& s, const Leaves& p, const Leaves& g, int per_layer, const float* x,
                      const uint32_t* words, int position, const Tape& tape, const float* dq, float* work) {
-  const uint32_t threshold = uint32_t(double(s.dropout) * 4294967296.0);
-  const float scale = 1.0f / (1.0f - s.dropout);
   const int last = s.width.back(), widest = *std::max_element(s.width.begin(), s.width.end());
   float *dz = work, *dh = work + size_t(s.batch) * widest;
   const float* kernel = p[per_layer * s.layers];
@@ -228,9 +225,9 @@ static void backward(Room& room, const Shape& s, const Leaves& p, const Leaves& 
         const float mean = sum / w, part = along / w, inverse = tape.inverse[i][r];
         for (int j = 0; j < w; ++j) d[j] = inverse * (d[j] - mean - n[j] * part);
       }
-      if (s.dropout > 0) {
+      if (s.dropped) {
         const uint32_t first = (uint32_t(position) * s.batch + r) * uint32_t(w);
-        for (int j = 0; j < w; ++j) d[j] *= kept(first + j, words + 2 * i, threshold, scale);
+        for (int j = 0; j < w; ++j) d[j] *= mask(first + j, words + 2 * i, s.dropped, s.kept);
       }
       for (int j = 0; j < w; ++j) db[j] += d[j];
     }
@@ -291,11 +288,11 @@ using F32 = ffi::Buffer<ffi::F32>;
 
 static ffi::Error Update(F32 x, F32 next, F32 reward, F32 discount, F32 bonus, ffi::Buffer<ffi::S32> members,
                          ffi::Buffer<ffi::U32> words, ffi::Buffer<ffi::S32> count, ffi::RemainingArgs given,
-                         ffi::RemainingRets made, bool norm, float dropout, float lr, float b1, float b2, float eps,
-                         float tau, float epsilon) {
+                         ffi::RemainingRets made, bool norm, uint32_t dropped, float kept, float lr, float b1, float b2,
+                         float eps, float tau, float epsilon) {
   const auto dims = x.dimensions();
   Shape s{int(dims[1]), int(dims[2]), 0, 0, int(dims[0]), int(members.dimensions()[1]), {}, norm,
-          dropout, lr, b1, b2, eps, tau, epsilon};
+          dropped, kept, lr, b1, b2, eps, tau, epsilon};
   const int per_layer = norm ? 4 : 2, leaves = int(given.size()) / 4;  // parameters, target, both moments
   s.layers = (leaves - 2) / per_layer;
   std::vector<size_t> size;  // of each leaf, one member
@@ -390,7 +387,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tether_update, Update,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<bool>("norm")
-                                  .Attr<float>("dropout")
+                                  .Attr<uint32_t>("dropped")
+                                  .Attr<float>("kept")
                                   .Attr<float>("lr")
                                   .Attr<float>("b1")
                                   .Attr<float>("b2")

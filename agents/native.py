@@ -36,6 +36,11 @@ class NativeError(RuntimeError):
     """The native update cannot be had here: why, and what to do."""
 
 
+def cache_folder() -> Path:
+    """Where tether keeps what it can make again: ~/.cache/tether. Raises RuntimeError where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tether"
+
+
 def _processor() -> str:
     """What `-march=native` means here: a library of another machine would not run."""
     try:
@@ -50,7 +55,10 @@ def load() -> None:
     """Build the library if it is not in the cache yet, and make it known to XLA. Raises NativeError."""
     include = jax.ffi.include_dir()
     made_of = "\0".join((SOURCE.read_text(), *FLAGS, jax.__version__, platform.machine(), _processor()))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tether"
+    try:
+        folder = cache_folder()
+    except RuntimeError as error:
+        raise NativeError(f"agent.native has no folder to be built in: {error}; set XDG_CACHE_HOME") from None
     library = folder / f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
@@ -88,7 +96,9 @@ def critics(
 
     `online`, `target`: parameters; `opt`: of optax.adam; `members` (utd, subset) of the target's minimum;
     `words` (utd, 2, layers, 2) uint32: keys of the dropout masks of target and online pass.
+    Raises NativeError where the library cannot be built.
     """
+    load()
     blocks = [("dense", ("kernel", "bias"))] + [("norm", ("scale", "bias"))] * cfg.layer_norm
     names = [f"{b}{i}_{leaf}" for i in range(len(cfg.hidden)) for b, leaves in blocks for leaf in leaves]
     names += ["value_kernel", "value_bias"]
@@ -102,10 +112,12 @@ def critics(
     shapes = [jax.ShapeDtypeStruct((utd,), jnp.float32)] * 2 + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     call = jax.ffi.ffi_call(TARGET, shapes, input_output_aliases={len(rows) + i: 2 + i for i in range(len(leaves))})
     numbers = {
-        "dropout": cfg.dropout, "lr": cfg.critic_lr, "b1": cfg.adam_b1, "b2": 0.999, "eps": 1e-8, "tau": cfg.tau,
-        "epsilon": LAYER_EPSILON,
+        "kept": 1.0 / (1.0 - cfg.dropout), "lr": cfg.critic_lr, "b1": cfg.adam_b1, "b2": 0.999, "eps": 1e-8,
+        "tau": cfg.tau, "epsilon": LAYER_EPSILON,
     }  # fmt: skip
-    losses, values, *made = call(*rows, *leaves, norm=cfg.layer_norm, **{k: np.float32(v) for k, v in numbers.items()})
+    numbers = {name: np.float32(value) for name, value in numbers.items()}
+    dropped = np.uint32(int(cfg.dropout * 2**32))  # as in networks.dropout_mask
+    losses, values, *made = call(*rows, *leaves, norm=cfg.layer_norm, dropped=dropped, **numbers)
     n = len(names)
     params, average, mu, nu = (dict(zip(names, made[i : i + n], strict=True)) for i in range(0, 4 * n, n))
     first = opt[0]._replace(count=opt[0].count + utd, mu=mu, nu=nu)

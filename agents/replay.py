@@ -48,9 +48,9 @@ class Replay:
         self._newest = array("q")  # step of each segment
         self._drawable, self._taken_over = _Pool(capacity), _Pool(capacity)
         self._added = 0  # steps ever added: number i lies in slot i % capacity
-        self._tails: dict[Hashable, tuple[int, bool]] = {}  # newest step of each stream; did it end there?
-        self._returns: dict[Hashable, float] = {}  # of each stream since its episode began, discounted
-        self.return_max = 0.0  # the largest of these so far, by magnitude
+        # newest step of each stream; did an episode end there? its discounted return so far
+        self._tails: dict[Hashable, tuple[int, bool, float]] = {}
+        self.return_max = 0.0  # the largest of these returns, by magnitude
         self._frames = FrameRing(capacity, images, stack) if images else None
         self._row = np.zeros(sum(sizes.values()), np.float32)  # the step that is being added
         parts = np.split(self._row, [obs_size, obs_size + action_size])
@@ -84,7 +84,7 @@ class Replay:
             self._values[name][slot] = part
         reward, takeover = 0.0 if closes else step.reward, getattr(step, "takeover", False)
         self._links[slot] = -1, reward, not step.terminated, step.train, takeover
-        before, ended = self._tails.pop(stream, (-self.capacity, False))
+        before, ended, total = self._tails.pop(stream, (-self.capacity, False, 0.0))
         # an idle stream may have lost its newest step to the others
         follows = number - before < self.capacity and (closes or not ended)
         if follows:
@@ -96,8 +96,10 @@ class Replay:
         if self._frames:
             self._frames.put(slot, step.images, before % self.capacity if follows else slot)
         if not closes:
-            self._tails[stream] = (number, step.terminated or step.truncated)
-        self._sum(stream, reward if step.train else 0.0, ends=not step.train or step.terminated or step.truncated)
+            ends = step.terminated or step.truncated
+            total = float(self.gamma) * total + reward if step.train else 0.0  # what is not trained on does not count
+            self.return_max = max(self.return_max, abs(total))
+            self._tails[stream] = (number, ends, 0.0 if ends else total)
         self._added += 1
 
     def sample(self, rng: np.random.Generator, n: int) -> Batch:
@@ -149,12 +151,6 @@ class Replay:
             raise ReplayError(f"stream {stream}: reward {step.reward} is not finite")
         previous = self._parts["prev_action"]
         np.minimum(np.maximum(previous, -1.0, out=previous), 1.0, out=previous)  # np.clip takes five times as long
-
-    def _sum(self, stream: Hashable, reward: float, ends: bool) -> None:
-        """Follow the stream's discounted return; what is not trained on does not count."""
-        total = float(self.gamma) * self._returns.get(stream, 0.0) + reward
-        self._returns[stream] = 0.0 if ends else total
-        self.return_max = max(self.return_max, abs(total))
 
     def _link(self, before: int, slot: int) -> None:
         """Let `slot` follow `before`, which can be drawn from now on if it is to be trained on."""

@@ -39,8 +39,6 @@ class Config(sac.Config):
             raise ValueError(f"subset = {self.subset}: must lie in 1 ... ensemble = {self.ensemble}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: must lie in [0, 1)")
-        if self.native:
-            native.load()
 
 
 def _module(cfg: Config, members: int) -> Any:

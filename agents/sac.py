@@ -89,8 +89,10 @@ def check(cfg: Any, rules: dict[str, tuple[bool, str]]) -> None:
         if names[name] is not None:
             object.__setattr__(cfg, name, tuple(names[name]))  # a list would not hash
     first: dict[str, tuple[bool, str]] = {}
-    for name in names.keys() & {"critic_lr", "actor_lr", "temp_lr", "adam_b1", "tau", "gamma"}:
+    for name in names.keys() & {"critic_lr", "actor_lr", "temp_lr", "tau", "gamma"}:
         first[name] = 0 <= names[name] <= 1, "must lie between 0 and 1"
+    if "adam_b1" in names:  # the moments are divided by 1 - b1^t
+        first["adam_b1"] = 0 <= names["adam_b1"] < 1, "must lie in [0, 1)"
     for name in names.keys() & {"ensemble", "n_step", "utd"}:
         first[name] = names[name] >= 1, "must be at least 1"
     delta = cfg.max_delta
@@ -139,10 +141,12 @@ class Critic(NamedTuple):
 
 
 def adam(cfg: Config, lr: float) -> optax.GradientTransformation:
+    """The optimiser of actor, critics and temperature (Kingma & Ba 2015)."""
     return optax.adam(lr, b1=cfg.adam_b1)
 
 
 def actor_module(cfg: Config, critic: Critic, action_size: int) -> Any:
+    """The actor's net, as this critic needs it."""
     return Actor(cfg.actor_hidden or cfg.hidden, action_size, critic.batch_norm)
 
 
@@ -172,7 +176,7 @@ def update(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple[S
     """`utd` critic updates, one per mini-batch, and those of actor and temperature that fall between them.
 
     `batches`: leaves (utd, batch, ...) float32: obs, action, prev_action, reward, discount, next_obs,
-    next_prev_action. `state` is consumed. Metrics are scalars on the device; losses of the critics are
+    next_prev_action, return_max. `state` is consumed. Metrics are scalars on the device; losses of the critics are
     means over the mini-batches.
     """
     period = cfg.period
@@ -311,6 +315,7 @@ def agent(critic: Critic) -> tuple[Callable[..., Any], ...]:
 
     @partial(jax.jit, static_argnames=("cfg", "obs_size", "action_size"))
     def made(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> State:
+        """A fresh agent for (obs_size,) observations and (action_size,) actions."""
         return init(critic, cfg, key, obs_size, action_size)
 
     @partial(jax.jit, static_argnames="cfg")
@@ -322,6 +327,7 @@ def agent(critic: Critic) -> tuple[Callable[..., Any], ...]:
 
     @partial(jax.jit, static_argnames="cfg", donate_argnames="state")
     def updated(cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, jax.Array]]:
+        """`sac.update` with this critic: leaves (utd, batch, ...) float32; `state` is consumed."""
         return update(critic, cfg, state, batches)
 
     @partial(jax.jit, static_argnames="cfg")

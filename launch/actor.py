@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,16 @@ def stoppable(cause: Callable[[], str]) -> Iterator[Callable[[], str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def tell(text: str) -> None:
+    """Say something without waiting for the terminal, which may hang: the loop goes on."""
+    threading.Thread(target=os.write, args=(2, f"actor: {text}\n".encode()), daemon=True).start()
+
+
+def noise_seed(seed: int, number: int) -> int:
+    """Of the actor before which there were `number`: the same noise again would teach nothing new."""
+    return seed + 1000 * number
 
 
 class Leave(Exception):
@@ -160,14 +171,13 @@ class Pilot:
             return
         self._silent = silent
         goes_on = "the twin waits for it" if self._lockstep else "the actor drives on with the weights it has"
-        told = f"not a word from the learner for {SILENT_S:.0f} s; {goes_on}" if silent else "the learner is back"
-        print(f"actor: {told}", file=sys.stderr, flush=True)
+        tell(f"not a word from the learner for {SILENT_S:.0f} s; {goes_on}" if silent else "the learner is back")
 
     def _pause(self) -> None:
         """Stand still until the spool has room again: records are never dropped."""
         if isinstance(self._env, RobotEnv):
             self._env.robot.stop()
-        print("actor: paused, the spool is full or cannot be written", file=sys.stderr)
+        tell("paused, the spool is full or cannot be written")
         while self._link.full and not self._stopped():
             time.sleep(0.2)
 
@@ -245,8 +255,7 @@ def serve(
             if task is not None and catalog.load_spec(task).text != spec.text:
                 other = f"the learner at {address} trains {spec.name!r}, not {task!r} as it is here"
                 raise WireError(f"{other}; leave the task out")
-            # another number for every actor there was: the same noise again would teach nothing new
-            seed = int(orders["seed"]) + 1000 * int(orders.get("number", 0)) if seed is None else seed
+            seed = noise_seed(int(orders["seed"]), int(orders.get("number", 0))) if seed is None else seed
             realtime |= alone is not None  # there is nobody to give run_until
             env = catalog.make_env(catalog.make_task(spec), real, seed, realtime, view, fail)
             if fail:

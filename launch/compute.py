@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from contextlib import suppress
@@ -13,16 +12,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ..agents.native import cache_folder
 from .config import RunError
 
 CACHE_BYTES = 512 << 20  # those used longest ago go first
 
 
 def mesh(devices: int, agent: Any) -> Mesh:
-    """The first `devices` of this machine, to split every batch of an agent between. Raises RunError."""
-    found, batch = jax.devices(), agent.batch
-    if getattr(agent, "native", False) and (devices > 1 or found[0].platform != "cpu"):
-        raise RunError("agent.native computes on one CPU; leave it out here")
+    """The first `devices` of this machine, to split every batch of an agent between. Raises RunError.
+
+    Native updates are computed on the CPU, whatever else there is.
+    """
+    native, batch = getattr(agent, "native", False), agent.batch
+    found = jax.devices("cpu") if native else jax.devices()
+    if native and devices > 1:
+        raise RunError(f"agent.native computes on one CPU: leave it out, or --devices {devices}")
     if devices > len(found):
         raise RunError(f"--devices {devices}: this machine has {len(found)} ({found[0].device_kind})")
     if batch % devices:
@@ -39,7 +43,7 @@ def keep_compiled() -> None:
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tether" / "jax"
+        folder = cache_folder() / "jax"
         folder.mkdir(parents=True, exist_ok=True)
         _prune(folder, CACHE_BYTES)
         tempfile.TemporaryFile(dir=folder).close()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import catalog, config
-from .actor import stoppable
+from .actor import noise_seed, stoppable
 from .config import RunError
 from .learner import Job, Learner
 from .log import Log
@@ -79,7 +79,9 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
             if learner.trainer.steps >= job.config.learner.steps:
                 log.note(f"it has its {learner.trainer.steps:,} steps already; for more give --steps")
             elif actor is not None:
-                child = _spawn_actor(learner.link.address, [*actor, "--spool", str(job.folder / "spool")], cores)
+                seed = noise_seed(job.seed, len(learner.trainer.cursor))
+                actor = [*actor, "--seed", str(seed), "--spool", str(job.folder / "spool")]
+                child = _spawn_actor(learner.link.address, actor, cores)
             result = learner.run(stopped)
             if child and child.wait(ACTOR_GRACE_S) and stopped() == ACTOR_ENDED:
                 kept = f"what it had sent is kept in {job.folder}, go on with --resume"

@@ -66,7 +66,7 @@ class LearnerLink:
     `journal(meta, first_seq, payloads)` stores records before they are acknowledged and returns how many it
     could; it runs in the network thread. `expected` maps stream -> next sequence number, to go on with streams of
     an earlier life. `spec` is the description actors must agree with, `welcome` what they are told when they ask,
-    with `number`: how many asked before.
+    with `number`: how many there were before, counting the one that `tether run` starts itself.
     Every call raises WireError, also for an error of the thread.
     """
 
@@ -75,7 +75,7 @@ class LearnerLink:
         journal: Callable[[Meta, int, list[bytes]], int], expected: Mapping[str, int],
     ) -> None:
         self._spec, self._welcome, self._journal = spec, welcome, journal
-        self._asked = len(expected)  # actors there were, and that asked what there is to do
+        self._asked = len(expected) + 1  # actors there were, and that asked what there is to do
         self._streams = {name: Stream(seq) for name, seq in expected.items()}
         self._queue: deque[tuple[str, Record]] = deque()
         self._weights = wire.NO_WEIGHTS

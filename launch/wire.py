@@ -1,4 +1,4 @@
-"""The messages of the link and their bytes: one table, strict bounds, no pickle, nothing trusted.
+"""The messages of the link and their bytes: one table, strict bounds, nothing trusted.
 
 A message is exactly two frames, [header: a msgpack map of at most 8 KB] [body: at most 1 MiB less the header
 limit]. The header holds the protocol version `v`, the type `t`, the body's crc32 and the fields of MESSAGES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from tether.drivers.base import DriverError
 from tether.launch import kept as keeping
-from tether.launch.actor import probed, serve
+from tether.launch.actor import probed, serve, tell
 from tether.launch.kept import Kept
 from tether.launch.onboard import Policy
 from tether.launch.transport import ActorLink, LearnerLink
@@ -106,15 +107,26 @@ def test_refused_weights_are_told_to_the_learner_and_the_old_ones_drive_on():
 # --- kept on the disk
 
 
-def test_a_learner_that_falls_silent_is_told_once_and_again_when_it_is_back(capsys):
-    link = Link()
+def test_a_learner_that_falls_silent_is_told_once_and_again_when_it_is_back(monkeypatch):
+    link, tells = Link(), []
+    monkeypatch.setattr("tether.launch.actor.tell", tells.append)
     actor = pilot(link)
     silences = (4.9, ""), (5.1, "not a word from the learner for 5 s"), (60.0, ""), (0.1, "is back"), (0.1, "")
     for silent, said in silences:
         link.silent_s = silent
         actor._listen()
-        told = capsys.readouterr().err
+        told = " ".join(tells)
+        tells.clear()
         assert said in told and bool(said) == bool(told)
+
+
+def test_a_terminal_that_hangs_stops_nobody(monkeypatch):
+    goes_on, told = threading.Event(), threading.Event()
+    monkeypatch.setattr(os, "write", lambda where, text: goes_on.wait(60) and told.set())
+    tell("the learner is back")
+    assert not told.is_set()
+    goes_on.set()
+    assert told.wait(60)
 
 
 def test_what_cannot_fail_is_said_before_any_learner_is_waited_for():

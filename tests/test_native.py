@@ -200,9 +200,12 @@ def test_it_is_built_once_and_only_the_cache_folder_is_written_to(library, monke
 def test_without_a_compiler_it_says_what_is_missing(library, monkeypatch):
     library.unlink()
     monkeypatch.setattr(shutil, "which", lambda _: None)
+    cfg = replace(WHOLE, native=True, tau=0.3)  # settings alone need none: nor do an evaluation and an export
+    state = jax.eval_shape(partial(rlpd.init, cfg, obs_size=OBS, action_size=ACT), jax.random.key(0))
+    batches = batches_of(cfg, 2)
     with pytest.raises(NativeError, match=r"agent.native needs a C\+\+ compiler, c\+\+ or .*; install one"):
-        rlpd.Config(native=True)
-    rlpd.Config(native=False)
+        rlpd.update.lower(cfg, state, batches)
+    rlpd.update.lower(replace(cfg, native=False), state, batches)
 
 
 def test_a_compiler_that_fails_is_quoted(library, monkeypatch, tmp_path):

@@ -20,7 +20,8 @@ WIDTHS = "must be the widths of the layers"
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        *(({name: 1.5}, f"{name} = 1.5: {SHARE}") for name in ("critic_lr", "actor_lr", "temp_lr", "adam_b1", "tau")),
+        *(({name: 1.5}, f"{name} = 1.5: {SHARE}") for name in ("critic_lr", "actor_lr", "temp_lr", "tau")),
+        ({"adam_b1": 1.0}, "adam_b1 = 1.0: must lie in [0, 1)"),
         ({"gamma": -0.1}, f"gamma = -0.1: {SHARE}"),
         ({"gamma": float("nan")}, f"gamma = nan: {SHARE}"),
         *(({name: 0}, f"{name} = 0: {COUNT}") for name in ("ensemble", "n_step", "utd")),
