@@ -34,6 +34,9 @@ class RobotRow:
 
 ROBOTS = {
     "car": RobotRow("tether.drivers.car", "tether.sim.car:CarTwin", None, "1/10 RC car, VESC and tracking camera"),
+    "quadruped": RobotRow(
+        "tether.drivers.quadruped", "tether.sim.quadruped:QuadrupedTwin", None, "Go1-class quadruped, 12 kg, 12 joints"
+    ),
     "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, "a point on a plane, for tests"),
 }
 KINDS = {"course": "tether.robot_env.course:Course", "gym": "tether.robot_env.gym_env:GymTask"}
