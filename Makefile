@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TASK ?= car-loop
 SEEDS ?= 0 1 2 3 4
 
-.PHONY: demo test test-slow bench curves accept chaos fuzz link snapshots weights lint clean
+.PHONY: demo test test-slow bench curves accept get-up chaos fuzz link snapshots weights lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/tether demo car
@@ -29,6 +29,10 @@ curves: $(VENV)/bench
 
 accept: $(VENV)/demo
 	$(BIN)/python tests/accept.py --task $(TASK) --seeds $(SEEDS) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH))
+
+# How surely the quadruped gets up from random fallen poses in the twin.
+get-up: $(VENV)/demo
+	$(BIN)/python tests/get_up.py --poses $(or $(POSES),200) --seed $(or $(SEED),0) $(if $(TERRAIN),--terrain $(TERRAIN))
 
 # What the link survives: N faults, N malformed messages; what it costs and how fast it comes back.
 chaos: $(VENV)/dev
