@@ -13,30 +13,40 @@ from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from ..drivers.base import Channel, Command, DriverError, Twin
 from ..robot_env import gym_env, task
 from ..robot_env.env import RobotEnv
 from ..robot_env.rate import Rate
 from ..robot_env.record import Meta
 from ..robot_env.safety import Gate, Limits, SafetyError
-from ..robot_env.task import Task, TaskError, TaskSpec
+from ..robot_env.task import Task, TaskError, TaskSpec, boxed
 
 
 @dataclass(frozen=True)
 class RobotRow:
-    """A robot: where its declaration, its twin and its driver are ("package.module:name")."""
+    """A robot: where its declaration, its twin, its driver and its body are ("package.module:name")."""
 
     declaration: str  # module with CHANNELS and COMMAND
-    twin: str  # (walls, start, seed, realtime) -> Twin; one that can fail on purpose has `failures` and `fail`
+    twin: str  # (walls, start, seed, realtime) -> Twin; one that can fail on purpose has `failures` and `fail`,
+    # one that takes more keywords has `settings`: {name: (choice, ...) or (lowest, highest)}
     driver: str | None  # () -> Robot; None: no driver yet
+    body: str  # (command, hz) -> robot_env.task.Body
     about: str
+    family: str = ""  # of the presets, for all its tasks; "": the task's kind
 
 
+WHEELED = "tether.robot_env.reset:Wheeled"
 ROBOTS = {
-    "car": RobotRow("tether.drivers.car", "tether.sim.car:CarTwin", None, "1/10 RC car, VESC and tracking camera"),
-    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, "a point on a plane, for tests"),
-}
-KINDS = {"course": "tether.robot_env.course:Course", "gym": "tether.robot_env.gym_env:GymTask"}
+    "car": RobotRow("tether.drivers.car", "tether.sim.car:CarTwin", None, WHEELED, "1/10 RC car with tracking camera"),
+    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, WHEELED, "a point on a plane, for tests"),
+    "quadruped": RobotRow(
+        "tether.drivers.quadruped", "tether.sim.quadruped:QuadrupedTwin", None, "tether.robot_env.legs:Legged",
+        "Go1-class, 12 joints", "walk",
+    ),
+}  # fmt: skip
+KINDS = {"course": "tether.robot_env.course:Course", "walk": "tether.robot_env.walk:Walk"}
 ALGORITHMS = {name: f"tether.agents.{name}" for name in ("rlpd", "droq", "crossq", "xqc", "bc")}
 FAILURE = re.compile(r"(\w+):(\w+)@(\d+(?:\.\d+)?)s?(?:\+(\d+(?:\.\d+)?)s?)?")
 
@@ -83,14 +93,19 @@ def spec_of(text: str, name: str) -> TaskSpec:
 
 
 def declaration(spec: TaskSpec) -> tuple[tuple[Channel, ...], Command]:
-    """What the task's robot reads and takes, without importing its twin or driver."""
+    """What the task's robot reads and takes, without importing its twin or driver. Raises TaskError."""
     if spec.kind == "gym":
         env = gym_env.make(spec.robot)
         found = gym_env.declare(env, spec.hz)
         env.close()
         return found
     module = import_module(row(spec.robot).declaration)
-    return module.CHANNELS, module.COMMAND
+    return module.CHANNELS, boxed(spec, module.COMMAND)
+
+
+def family(spec: TaskSpec) -> str:
+    """Whose tables of the presets hold for the task."""
+    return spec.kind if spec.kind == "gym" else row(spec.robot).family or spec.kind
 
 
 def stream_meta(spec: TaskSpec) -> Meta:
@@ -112,7 +127,31 @@ def make_task(spec: TaskSpec) -> Task:
         limits(spec)
     except (CatalogError, SafetyError) as error:
         raise TaskError(f"{spec.name}: {error}") from None
-    return resolve_name(KINDS[spec.kind])(spec, channels, command)
+    if spec.kind == "gym":
+        return gym_env.GymTask(spec, channels, command)  # type: ignore[return-value]
+    body = resolve_name(row(spec.robot).body)(command, spec.hz)
+    return resolve_name(KINDS[spec.kind])(spec, channels, command, body)
+
+
+def twin_settings(spec: TaskSpec, twin: Any, seed: int) -> dict[str, Any]:
+    """What the task's `[twin]` says to its robot's twin, drawn from where it is a pair. Raises TaskError."""
+    can: Mapping[str, Sequence[Any]] = getattr(twin, "settings", {})
+    rng, found = np.random.default_rng(seed), {}
+    for name, value in spec.twin.items():
+        if name not in can:
+            has = f"takes {', '.join(can)}" if can else "takes none: remove it"
+            raise TaskError(f"{spec.name}: unknown key twin.{name}; the twin of {spec.robot} {has}")
+        choices, ends = can[name], value if isinstance(value, list) else [value]
+        if isinstance(choices[0], str):
+            fits, must = value in choices, f"one of {', '.join(choices)}"
+        else:
+            low, high = choices
+            fits = all(not isinstance(end, str) and low <= end <= high for end in ends)
+            must = f"a number from {low:g} to {high:g}, or a pair of them"
+        if not fits:
+            raise TaskError(f"{spec.name}: twin.{name} must be {must}, not {value!r:.80}")
+        found[name] = float(rng.uniform(*ends)) if isinstance(value, list) else value
+    return found
 
 
 def failures(spec: TaskSpec, wanted: Sequence[str]) -> list[tuple[str, str, float, float]]:
@@ -145,7 +184,8 @@ def make_env(
     """The environment an actor drives: a robot (the twin, or with `real` the hardware) behind its gate, or a
     Gymnasium environment. `view` opens MuJoCo's viewer on a twin; `fail` is what breaks in it, and when.
 
-    Raises DriverError where there is no driver, no twin to view or to fail, or no display.
+    Raises DriverError where there is no driver, no twin to view or to fail, or no display; TaskError for a twin that
+    is not as `[twin]` wants it.
     """
     spec = task.spec
     broken = failures(spec, fail)
@@ -161,10 +201,14 @@ def make_env(
     if where is None:
         raise DriverError(f"robot {spec.robot} has no hardware driver yet; leave out --real to use its twin")
     make = resolve_name(where)
-    robot = make() if real else make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime)
+    if real:
+        robot = make()
+    else:
+        chosen = twin_settings(spec, make, seed)
+        robot = make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime, **chosen)
     for failure in broken:
         robot.fail(*failure)
-    env = RobotEnv(robot, task, Gate(robot.command, limits(spec)), Rate(spec.hz, robot.now, robot.sleep))
+    env = RobotEnv(robot, task, Gate(declaration(spec)[1], limits(spec)), Rate(spec.hz, robot.now, robot.sleep))
     if view:
         if not isinstance(robot, Twin):
             raise DriverError("--view shows twins; leave it out with --real")
