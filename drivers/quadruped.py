@@ -15,7 +15,9 @@ TORQUE_NM = (23.7, 23.7, 35.55)  # a leg's motors
 HIP_X_M, HIP_Y_M = 0.1881, 0.04675  # from the trunk's centre to a leg's abduction axis
 ABDUCTION_M, THIGH_M, CALF_M, FOOT_RADIUS_M = 0.08, 0.213, 0.213, 0.023
 
-NOMINAL = (0.0, 0.8, -1.6) * 4  # rad: standing, and the middle of the action box; trunk 0.30 m above the feet
+# rad: standing, and the middle of the action box; legged_gym's for these legs at KP 20. They yield by a quarter of a
+# radian under its weight: it stands 0.29 m high. With the hind feet no further back it would sit down on them.
+NOMINAL = (0.0, 0.8, -1.5) * 2 + (0.0, 1.0, -1.5) * 2
 FOLDED = (0.0, 1.3, -2.7) * 4  # rad: lying on its belly with its legs under it
 SPREAD = (0.2, 0.4, 0.4) * 4  # rad: half the width of the action box (A Walk in the Park)
 

@@ -13,8 +13,6 @@ from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from ..drivers.base import Channel, Command, DriverError, Twin
 from ..robot_env import gym_env, task
 from ..robot_env.env import RobotEnv
@@ -29,8 +27,9 @@ class RobotRow:
     """A robot: where its declaration, its twin, its driver and its body are ("package.module:name")."""
 
     declaration: str  # module with CHANNELS and COMMAND
-    twin: str  # (walls, start, seed, realtime) -> Twin; one that can fail on purpose has `failures` and `fail`,
-    # one that takes more keywords has `settings`: {name: (choice, ...) or (lowest, highest)}
+    # (walls, start, seed, realtime) -> Twin. One that can fail on purpose has `failures` and `fail`. One that takes
+    # more keywords has `settings`: {name: ("choices", ...) or (lowest, highest) of a number, or of a pair to draw from}
+    twin: str
     driver: str | None  # () -> Robot; None: no driver yet
     body: str  # (command, hz) -> robot_env.task.Body
     about: str
@@ -39,12 +38,14 @@ class RobotRow:
 
 WHEELED = "tether.robot_env.reset:Wheeled"
 ROBOTS = {
-    "car": RobotRow("tether.drivers.car", "tether.sim.car:CarTwin", None, WHEELED, "1/10 RC car with tracking camera"),
-    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, WHEELED, "a point on a plane, for tests"),
+    "car": RobotRow(
+        "tether.drivers.car", "tether.sim.car:CarTwin", None, WHEELED, "1/10 RC car, VESC and tracking camera"
+    ),
     "quadruped": RobotRow(
         "tether.drivers.quadruped", "tether.sim.quadruped:QuadrupedTwin", None, "tether.robot_env.legs:Legged",
-        "Go1-class, 12 joints", "walk",
+        "Go1-class quadruped, 12 kg, 12 joints", "walk",
     ),
+    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, WHEELED, "a point on a plane, for tests"),
 }  # fmt: skip
 KINDS = {"course": "tether.robot_env.course:Course", "walk": "tether.robot_env.walk:Walk"}
 ALGORITHMS = {name: f"tether.agents.{name}" for name in ("rlpd", "droq", "crossq", "xqc", "bc")}
@@ -108,6 +109,12 @@ def family(spec: TaskSpec) -> str:
     return spec.kind if spec.kind == "gym" else row(spec.robot).family or spec.kind
 
 
+def check_actions(spec: TaskSpec, other: TaskSpec) -> None:
+    """Raise TaskError unless an action means the same in both tasks."""
+    if declaration(spec)[1] != declaration(other)[1]:
+        raise TaskError(f"{spec.name}: in {other.name} an action is another command; same robot and [action], please")
+
+
 def stream_meta(spec: TaskSpec) -> Meta:
     """What a new stream of records says of itself."""
     channels, command = declaration(spec)
@@ -133,25 +140,22 @@ def make_task(spec: TaskSpec) -> Task:
     return resolve_name(KINDS[spec.kind])(spec, channels, command, body)
 
 
-def twin_settings(spec: TaskSpec, twin: Any, seed: int) -> dict[str, Any]:
-    """What the task's `[twin]` says to its robot's twin, drawn from where it is a pair. Raises TaskError."""
-    can: Mapping[str, Sequence[Any]] = getattr(twin, "settings", {})
-    rng, found = np.random.default_rng(seed), {}
+def check_twin(spec: TaskSpec, twin: Any) -> None:
+    """Raise TaskError for what the task's `[twin]` wants of its robot's twin and that cannot be."""
+    settings: Mapping[str, tuple[Any, ...]] = getattr(twin, "settings", {})
     for name, value in spec.twin.items():
-        if name not in can:
-            has = f"takes {', '.join(can)}" if can else "takes none: remove it"
+        if name not in settings:
+            has = f"takes {', '.join(settings)}" if settings else "takes none: remove it"
             raise TaskError(f"{spec.name}: unknown key twin.{name}; the twin of {spec.robot} {has}")
-        choices, ends = can[name], value if isinstance(value, list) else [value]
-        if isinstance(choices[0], str):
-            fits, must = value in choices, f"one of {', '.join(choices)}"
+        first, *others = settings[name]
+        if first == "choices":
+            fits, must = value in others, f"one of {', '.join(others)}"
         else:
-            low, high = choices
-            fits = all(not isinstance(end, str) and low <= end <= high for end in ends)
-            must = f"a number from {low:g} to {high:g}, or a pair of them"
+            ends = value if isinstance(value, list) else [value]
+            fits = all(not isinstance(end, str) and first <= end <= others[0] for end in ends)
+            must = f"a number from {first:g} to {others[0]:g}, or a pair of them"
         if not fits:
             raise TaskError(f"{spec.name}: twin.{name} must be {must}, not {value!r:.80}")
-        found[name] = float(rng.uniform(*ends)) if isinstance(value, list) else value
-    return found
 
 
 def failures(spec: TaskSpec, wanted: Sequence[str]) -> list[tuple[str, str, float, float]]:
@@ -204,8 +208,8 @@ def make_env(
     if real:
         robot = make()
     else:
-        chosen = twin_settings(spec, make, seed)
-        robot = make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime, **chosen)
+        check_twin(spec, make)
+        robot = make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime, **spec.twin)
     for failure in broken:
         robot.fail(*failure)
     env = RobotEnv(robot, task, Gate(declaration(spec)[1], limits(spec)), Rate(spec.hz, robot.now, robot.sleep))

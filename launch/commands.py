@@ -84,6 +84,7 @@ def evaluate(options: Namespace) -> Said:
 
     trainer = trained(source)
     task = catalog.make_task(catalog.load_spec(options.task)) if options.task else trainer.task
+    catalog.check_actions(task.spec, trainer.task.spec)
     policy = onboard.Policy(trainer.policy_spec(), trainer.policy())
     return _drive(options, _env(options, task), policy.act)
 

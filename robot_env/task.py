@@ -69,7 +69,7 @@ class TaskSpec:
     walk: WalkSpec = field(default_factory=WalkSpec)
     gate: dict[str, float] = field(default_factory=dict)
     action: dict[str, list[float]] = field(default_factory=dict)  # low, high: SI; empty: the robot's own box
-    twin: dict[str, Any] = field(default_factory=dict)  # keywords of the twin; of a pair one between is drawn
+    twin: dict[str, Any] = field(default_factory=dict)  # more keywords of the twin
     text: str = ""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import mujoco
 import numpy as np
@@ -31,17 +31,19 @@ class World:
     `control(dt)` is called before every batch of physics steps (at most the sensors' common period long),
     `measure()` whenever some channel samples; it returns the true present value of every channel, as arrays
     that it does not keep; `watch()` after every step, so it must be cheap. Time is a whole number of steps: it
-    does not drift.
+    does not drift. Channels that `measure` leaves out come after those it gives: `derive(carried)` computes them
+    from what the samples of the others carry, noise and failures included (a sample that is lost is not in it).
     """
 
     def __init__(
         self, model: mujoco.MjModel, sensors: Sequence[Sensor], control: Callable[[float], None],
         measure: Callable[[], Mapping[str, np.ndarray]], watch: Callable[[], None],
         seed: int = 0, realtime: bool = False,
+        derive: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = dict,
     ) -> None:  # fmt: skip
         self.model, self.data = model, mujoco.MjData(model)
         self.dt = float(model.opt.timestep)
-        self._control, self._measure, self._watch = control, measure, watch
+        self._control, self._measure, self._watch, self._derive = control, measure, watch, derive
         self._realtime = realtime
         self._rng, self._seed, self._failures = np.random.default_rng(seed), seed, 0
         self._sensors = {s: round(1.0 / s.channel.hz / self.dt) for s in sensors}  # steps between samples
@@ -98,9 +100,7 @@ class World:
         self.data.qpos[:] = qpos
         self.data.time = self._steps * self.dt
         mujoco.mj_forward(self.model, self.data)
-        truth = self._measure()
-        for sensor in self._sensors:
-            sensor.fill(self._steps * self.dt, truth[sensor.channel.name])
+        self._sample(self._sensors, Sensor.fill)
 
     def _advance(self, steps: int) -> None:
         end = self._steps + steps
@@ -114,13 +114,23 @@ class World:
             self._steps += n
             if self._steps % self._batch:
                 continue
-            truth = self._measure()
-            for sensor, period in self._sensors.items():
-                if self._steps % period == 0:
-                    sensor.put(self._steps * self.dt, truth[sensor.channel.name], self._rng)
+            due = [sensor for sensor, period in self._sensors.items() if self._steps % period == 0]
+            self._sample(due, Sensor.put)
         if self.data.warning.number.any():
             kinds = [mujoco.mjtWarning(i).name for i in np.flatnonzero(self.data.warning.number)]
             raise DriverError(f"twin: the physics failed ({', '.join(kinds)}); place the robot again")
+
+    def _sample(self, sensors: Iterable[Sensor], capture: Callable[..., np.ndarray | None]) -> None:
+        """Let each of `sensors` capture what is true now."""
+        truth, carried, derived = self._measure(), {}, None
+        for sensor in sensors:
+            name = sensor.channel.name
+            if name not in truth and derived is None:
+                derived = self._derive(carried)
+            value = (truth if derived is None else derived)[name]
+            sample = capture(sensor, self._steps * self.dt, value, self._rng)
+            if sample is not None:
+                carried[name] = sample
 
 
 class Failure:
@@ -159,31 +169,37 @@ class Sensor:
     """How a twin imitates one channel: its samples on their way to the reader.
 
     `noise`: standard deviation in the channel's unit; `combine`: "last", or "mean" / "max" over the samples
-    since the last read; `wrong`: (gain, offset) of a sensor that is wrong, a number or one a value.
+    since the last read; `wrong`: (gain, offset) of a sensor that is wrong, a number or one a value. Noise is drawn
+    where a value is read, or with `early` where it is captured, so that what is derived from it has it, too.
     """
 
     def __init__(
         self, channel: Channel, noise: float = 0.0, combine: str = "last", jitter_s: float = JITTER_S,
-        wrong: tuple[Sequence[float] | float, Sequence[float] | float] = (-1.0, 0.0),
+        wrong: tuple[Sequence[float] | float, Sequence[float] | float] = (-1.0, 0.0), early: bool = False,
     ) -> None:  # fmt: skip
         self.channel = channel
         self.failures: list[Failure] = []
-        self._noise, self._combine, self._jitter, self._wrong = noise, combine, jitter_s, wrong
+        self._combine, self._jitter, self._wrong = combine, jitter_s, wrong
+        self._early_noise, self._noise = (noise, 0.0) if early else (0.0, noise)
+        self._most = np.array(channel.most or (np.inf,) * channel.size)
         # (when it is delivered, when it was captured, value; None: as before)
         self._waiting: deque[tuple[float, float, np.ndarray | None]] = deque(maxlen=round(KEEP_S * channel.hz))
         self._value, self._stamp = np.zeros(channel.size, np.float32), 0.0
 
-    def put(self, now: float, value: np.ndarray, rng: np.random.Generator) -> None:
-        """Capture `value` now; it is delivered a latency later."""
-        self._send(now + self.channel.latency_s + self._jitter * rng.random(), now, value)
+    def put(self, now: float, value: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        """Capture `value` now; it is delivered a latency later. Returns what the sample carries, None if it is lost
+        or repeats the one before."""
+        return self._send(now + self.channel.latency_s + self._jitter * rng.random(), now, value, rng)
 
-    def fill(self, now: float, value: np.ndarray) -> None:
+    def fill(self, now: float, value: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
         """As if `value` had been measured for a while: reads deliver it, with its due age, from now on."""
         self._waiting.clear()
+        newest = None
         latency, interval = self.channel.latency_s, 1.0 / self.channel.hz
         samples = math.ceil(latency / interval)
         for stamp in (now - latency, *(now - i * interval for i in reversed(range(samples)))):
-            self._send(stamp + latency, stamp, value)
+            newest = self._send(stamp + latency, stamp, value, rng)
+        return newest
 
     def take(self, now: float, rng: np.random.Generator) -> tuple[np.ndarray, float]:
         """A copy of the newest delivered value (or aggregate), and its stamp."""
@@ -198,20 +214,21 @@ class Sensor:
         if fresh:
             samples = np.array(fresh if self._combine != "last" else fresh[-1:])  # (n, size)
             noise = self._noise * rng.standard_normal(samples.shape)
-            most = self.channel.most or np.inf  # at which a sensor saturates, if it is not broken
-            samples = np.where(np.abs(samples) <= most, np.clip(samples + noise, np.negative(most), most), samples)
+            most = self._most  # at which a sensor saturates, if it is not broken
+            samples = np.where(np.abs(samples) <= most, np.clip(samples + noise, -most, most), samples)
             combined = samples.max(axis=0) if self._combine == "max" else samples.mean(axis=0)
             self._value = combined.astype(np.float32)
         return self._value.copy(), self._stamp
 
-    def _send(self, due: float, stamp: float, truth: np.ndarray) -> None:
-        most = self.channel.most or np.inf
-        value: np.ndarray | None = np.clip(truth, np.negative(most), most)
+    def _send(self, due: float, stamp: float, truth: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        if self._early_noise:
+            truth = truth + self._early_noise * rng.standard_normal(self.channel.size)
+        value: np.ndarray | None = np.minimum(np.maximum(truth, -self._most), self._most)  # np.clip takes longer
         for failure in self.failures:
             if not failure.active(stamp):
                 continue
             if failure.loses(stamp, round(stamp * self.channel.hz)):
-                return
+                return None
             if failure.kind == "stuck":
                 value = None
             elif failure.kind == "garbage":
@@ -219,3 +236,4 @@ class Sensor:
             elif failure.kind == "wrong" and value is not None:
                 value = value * self._wrong[0] + self._wrong[1]
         self._waiting.append((due, stamp, value))
+        return value

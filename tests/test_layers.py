@@ -14,7 +14,7 @@ ROOMS = ("agents", "robot_env", "drivers", "sim", "launch")
 MAY_IMPORT = {
     "drivers": set(),
     "robot_env": {"drivers.base"},
-    "sim": {"drivers.base", "drivers.car"},
+    "sim": {"drivers.base", "drivers.car", "drivers.quadruped", "drivers.leg_odometry"},
     "agents": set(),
     "launch": {"agents", "robot_env", "drivers", "sim"},
 }
