@@ -257,10 +257,10 @@ class QuadrupedTwin:
             "joint_velocity": data.qvel[6:].copy(), "foot_force": data.sensordata.copy(),
         }  # fmt: skip
 
-    def _derive(self, carried: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _derive(self, carried: Mapping[str, np.ndarray | None]) -> dict[str, np.ndarray]:
         """What the estimator makes of the samples. It keeps the one before where none came, or nonsense."""
         for name, value in carried.items():
-            if (np.abs(value) <= _RANGES[name]).all():
+            if value is not None and (np.abs(value) <= _RANGES[name]).all():
                 self._samples[name] = value
         accel = self._accel + self._accel_noise * self._noises.standard_normal(3)
         odometry = self._odometry
@@ -268,7 +268,7 @@ class QuadrupedTwin:
             odometry.update(1.0 / CHANNELS[0].hz, accel=accel, **self._samples)
         heading = odometry.heading
         return {
-            "velocity": odometry.velocity.copy(),
+            "velocity": np.array(odometry.velocity),
             "pose": np.array([*odometry.position, math.cos(heading), math.sin(heading)]),
         }
 
@@ -286,7 +286,7 @@ class QuadrupedTwin:
             self._touched = self.world.data.time
 
 
-_GROUND, _BODY = 1, 2  # what touches what: the floor (also its bit), trunk and hips
+_GROUND, _BODY = 1, 2  # what touches what: the floor (its bit, too), and trunk or hip
 _RANGES = {channel.name: channel.range for channel in CHANNELS}
 _NUMBERS = ("friction", "payload_kg", "motor")
 _TRUNK = ("trunk", *(f"{leg}_hip" for leg in LEGS))

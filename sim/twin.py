@@ -32,14 +32,14 @@ class World:
     `measure()` whenever some channel samples; it returns the true present value of every channel, as arrays
     that it does not keep; `watch()` after every step, so it must be cheap. Time is a whole number of steps: it
     does not drift. Channels that `measure` leaves out come after those it gives: `derive(carried)` computes them
-    from what the samples of the others carry, noise and failures included (a sample that is lost is not in it).
+    from what the samples of the others carry, noise and failures included (None: nothing, or what was before).
     """
 
     def __init__(
         self, model: mujoco.MjModel, sensors: Sequence[Sensor], control: Callable[[float], None],
         measure: Callable[[], Mapping[str, np.ndarray]], watch: Callable[[], None],
         seed: int = 0, realtime: bool = False,
-        derive: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = dict,
+        derive: Callable[[Mapping[str, np.ndarray | None]], Mapping[str, np.ndarray]] = lambda carried: {},
     ) -> None:  # fmt: skip
         self.model, self.data = model, mujoco.MjData(model)
         self.dt = float(model.opt.timestep)
@@ -99,6 +99,7 @@ class World:
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:] = qpos
         self.data.time = self._steps * self.dt
+        self._control(0.0)
         mujoco.mj_forward(self.model, self.data)
         self._sample(self._sensors, Sensor.fill)
 
@@ -122,15 +123,12 @@ class World:
 
     def _sample(self, sensors: Iterable[Sensor], capture: Callable[..., np.ndarray | None]) -> None:
         """Let each of `sensors` capture what is true now."""
-        truth, carried, derived = self._measure(), {}, None
+        values, carried = self._measure(), dict[str, np.ndarray | None]()
         for sensor in sensors:
             name = sensor.channel.name
-            if name not in truth and derived is None:
-                derived = self._derive(carried)
-            value = (truth if derived is None else derived)[name]
-            sample = capture(sensor, self._steps * self.dt, value, self._rng)
-            if sample is not None:
-                carried[name] = sample
+            if name not in values:
+                values = self._derive(carried)
+            carried[name] = capture(sensor, self._steps * self.dt, values[name], self._rng)
 
 
 class Failure:
@@ -194,12 +192,10 @@ class Sensor:
     def fill(self, now: float, value: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
         """As if `value` had been measured for a while: reads deliver it, with its due age, from now on."""
         self._waiting.clear()
-        newest = None
         latency, interval = self.channel.latency_s, 1.0 / self.channel.hz
         samples = math.ceil(latency / interval)
-        for stamp in (now - latency, *(now - i * interval for i in reversed(range(samples)))):
-            newest = self._send(stamp + latency, stamp, value, rng)
-        return newest
+        stamps = (now - latency, *(now - i * interval for i in reversed(range(samples))))
+        return [self._send(stamp + latency, stamp, value, rng) for stamp in stamps][-1]
 
     def take(self, now: float, rng: np.random.Generator) -> tuple[np.ndarray, float]:
         """A copy of the newest delivered value (or aggregate), and its stamp."""
@@ -213,9 +209,10 @@ class Sensor:
                 fresh.append(value)
         if fresh:
             samples = np.array(fresh if self._combine != "last" else fresh[-1:])  # (n, size)
-            noise = self._noise * rng.standard_normal(samples.shape)
-            most = self._most  # at which a sensor saturates, if it is not broken
-            samples = np.where(np.abs(samples) <= most, np.clip(samples + noise, -most, most), samples)
+            if self._noise:
+                noise = self._noise * rng.standard_normal(samples.shape)
+                most = self._most  # at which a sensor saturates, if it is not broken
+                samples = np.where(np.abs(samples) <= most, np.clip(samples + noise, -most, most), samples)
             combined = samples.max(axis=0) if self._combine == "max" else samples.mean(axis=0)
             self._value = combined.astype(np.float32)
         return self._value.copy(), self._stamp
