@@ -106,7 +106,8 @@ def declaration(spec: TaskSpec) -> tuple[tuple[Channel, ...], Command]:
 
 def family(spec: TaskSpec) -> str:
     """Whose tables of the presets hold for the task."""
-    return spec.kind if spec.kind == "gym" else row(spec.robot).family or spec.kind
+    entry = robots().get(spec.robot)  # a task that names no robot of ours is refused elsewhere
+    return (entry.family if entry else "") or spec.kind
 
 
 def check_actions(spec: TaskSpec, other: TaskSpec) -> None:

@@ -146,7 +146,7 @@ TYPED = {
     "export of nothing": (["export", "x"], "x: not a run folder"),
     "drive of nothing": (["drive", "x"], "x"),
     "report of nothing": (["report", "x"], "x"),
-    "hardware for a gym": (["eval", "gym:Pendulum-v1", "--policy", "pursuit"], "only courses can be driven by pure pursuit"),
+    "hardware for a gym": (["eval", "gym:Pendulum-v1", "--policy", "pursuit"], "only courses can be driven by"),
 }  # fmt: skip
 
 
