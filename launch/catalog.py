@@ -19,27 +19,35 @@ from ..robot_env.env import RobotEnv
 from ..robot_env.rate import Rate
 from ..robot_env.record import Meta
 from ..robot_env.safety import Gate, Limits, SafetyError
-from ..robot_env.task import Task, TaskError, TaskSpec
+from ..robot_env.task import Task, TaskError, TaskSpec, boxed
 
 
 @dataclass(frozen=True)
 class RobotRow:
-    """A robot: where its declaration, its twin and its driver are ("package.module:name")."""
+    """A robot: where its declaration, its twin, its driver and its body are ("package.module:name")."""
 
     declaration: str  # module with CHANNELS and COMMAND
-    twin: str  # (walls, start, seed, realtime) -> Twin; one that can fail on purpose has `failures` and `fail`
+    # (walls, start, seed, realtime) -> Twin. One that can fail on purpose has `failures` and `fail`. One that takes
+    # more keywords has `settings`: {name: ("choices", ...) or (lowest, highest) of a number, or of a pair to draw from}
+    twin: str
     driver: str | None  # () -> Robot; None: no driver yet
+    body: str  # (command, hz) -> robot_env.task.Body
     about: str
+    family: str = ""  # of the presets, for all its tasks; "": the task's kind
 
 
+WHEELED = "tether.robot_env.reset:Wheeled"
 ROBOTS = {
-    "car": RobotRow("tether.drivers.car", "tether.sim.car:CarTwin", None, "1/10 RC car, VESC and tracking camera"),
-    "quadruped": RobotRow(
-        "tether.drivers.quadruped", "tether.sim.quadruped:QuadrupedTwin", None, "Go1-class quadruped, 12 kg, 12 joints"
+    "car": RobotRow(
+        "tether.drivers.car", "tether.sim.car:CarTwin", None, WHEELED, "1/10 RC car, VESC and tracking camera"
     ),
-    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, "a point on a plane, for tests"),
-}
-KINDS = {"course": "tether.robot_env.course:Course", "gym": "tether.robot_env.gym_env:GymTask"}
+    "quadruped": RobotRow(
+        "tether.drivers.quadruped", "tether.sim.quadruped:QuadrupedTwin", None, "tether.robot_env.legs:Legged",
+        "Go1-class quadruped, 12 kg, 12 joints", "walk",
+    ),
+    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, WHEELED, "a point on a plane, for tests"),
+}  # fmt: skip
+KINDS = {"course": "tether.robot_env.course:Course", "walk": "tether.robot_env.walk:Walk"}
 ALGORITHMS = {name: f"tether.agents.{name}" for name in ("rlpd", "droq", "crossq", "xqc", "bc")}
 FAILURE = re.compile(r"(\w+):(\w+)@(\d+(?:\.\d+)?)s?(?:\+(\d+(?:\.\d+)?)s?)?")
 
@@ -86,14 +94,26 @@ def spec_of(text: str, name: str) -> TaskSpec:
 
 
 def declaration(spec: TaskSpec) -> tuple[tuple[Channel, ...], Command]:
-    """What the task's robot reads and takes, without importing its twin or driver."""
+    """What the task's robot reads and takes, without importing its twin or driver. Raises TaskError."""
     if spec.kind == "gym":
         env = gym_env.make(spec.robot)
         found = gym_env.declare(env, spec.hz)
         env.close()
         return found
     module = import_module(row(spec.robot).declaration)
-    return module.CHANNELS, module.COMMAND
+    return module.CHANNELS, boxed(spec, module.COMMAND)
+
+
+def family(spec: TaskSpec) -> str:
+    """Whose tables of the presets hold for the task."""
+    entry = robots().get(spec.robot)  # a task that names no robot of ours is refused elsewhere
+    return (entry.family if entry else "") or spec.kind
+
+
+def check_actions(spec: TaskSpec, other: TaskSpec) -> None:
+    """Raise TaskError unless an action means the same in both tasks."""
+    if declaration(spec)[1] != declaration(other)[1]:
+        raise TaskError(f"{spec.name}: in {other.name} an action is another command; same robot and [action], please")
 
 
 def stream_meta(spec: TaskSpec) -> Meta:
@@ -115,7 +135,28 @@ def make_task(spec: TaskSpec) -> Task:
         limits(spec)
     except (CatalogError, SafetyError) as error:
         raise TaskError(f"{spec.name}: {error}") from None
-    return resolve_name(KINDS[spec.kind])(spec, channels, command)
+    if spec.kind == "gym":
+        return gym_env.GymTask(spec, channels, command)  # type: ignore[return-value]
+    body = resolve_name(row(spec.robot).body)(command, spec.hz)
+    return resolve_name(KINDS[spec.kind])(spec, channels, command, body)
+
+
+def check_twin(spec: TaskSpec, twin: Any) -> None:
+    """Raise TaskError for what the task's `[twin]` wants of its robot's twin and that cannot be."""
+    settings: Mapping[str, tuple[Any, ...]] = getattr(twin, "settings", {})
+    for name, value in spec.twin.items():
+        if name not in settings:
+            has = f"takes {', '.join(settings)}" if settings else "takes none: remove it"
+            raise TaskError(f"{spec.name}: unknown key twin.{name}; the twin of {spec.robot} {has}")
+        first, *others = settings[name]
+        if first == "choices":
+            fits, must = value in others, f"one of {', '.join(others)}"
+        else:
+            ends = value if isinstance(value, list) else [value]
+            fits = all(not isinstance(end, str) and first <= end <= others[0] for end in ends)
+            must = f"a number from {first:g} to {others[0]:g}, or a pair of them"
+        if not fits:
+            raise TaskError(f"{spec.name}: twin.{name} must be {must}, not {value!r:.80}")
 
 
 def failures(spec: TaskSpec, wanted: Sequence[str]) -> list[tuple[str, str, float, float]]:
@@ -148,7 +189,8 @@ def make_env(
     """The environment an actor drives: a robot (the twin, or with `real` the hardware) behind its gate, or a
     Gymnasium environment. `view` opens MuJoCo's viewer on a twin; `fail` is what breaks in it, and when.
 
-    Raises DriverError where there is no driver, no twin to view or to fail, or no display.
+    Raises DriverError where there is no driver, no twin to view or to fail, or no display; TaskError for a twin that
+    is not as `[twin]` wants it.
     """
     spec = task.spec
     broken = failures(spec, fail)
@@ -164,10 +206,14 @@ def make_env(
     if where is None:
         raise DriverError(f"robot {spec.robot} has no hardware driver yet; leave out --real to use its twin")
     make = resolve_name(where)
-    robot = make() if real else make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime)
+    if real:
+        robot = make()
+    else:
+        check_twin(spec, make)
+        robot = make(walls=task.walls(), start=task.start, seed=seed, realtime=realtime, **spec.twin)
     for failure in broken:
         robot.fail(*failure)
-    env = RobotEnv(robot, task, Gate(robot.command, limits(spec)), Rate(spec.hz, robot.now, robot.sleep))
+    env = RobotEnv(robot, task, Gate(declaration(spec)[1], limits(spec)), Rate(spec.hz, robot.now, robot.sleep))
     if view:
         if not isinstance(robot, Twin):
             raise DriverError("--view shows twins; leave it out with --real")

@@ -18,6 +18,7 @@ from .config import RunError, new_folder
 Said = tuple[str, dict[str, Any]]
 LAPS = 5  # driven by eval and drive unless told otherwise
 EPISODES = 10
+STEERED = ("speed", "steering")  # what a robot takes that a script or a person can drive
 
 
 def run(options: Namespace) -> Said:
@@ -48,8 +49,7 @@ def record(options: Namespace) -> Said:
     from . import teach
 
     task = catalog.make_task(catalog.load_spec(options.task))
-    if not isinstance(task, Course):
-        raise TaskError(f"{options.task}: only courses can be recorded")
+    _steered(task, "be recorded")
     out = Path(options.out) if options.out else new_folder("recordings", task.spec.name)
     options.realtime |= options.teleop != "script"
     env = _env(options, task)
@@ -84,6 +84,7 @@ def evaluate(options: Namespace) -> Said:
 
     trainer = trained(source)
     task = catalog.make_task(catalog.load_spec(options.task)) if options.task else trainer.task
+    catalog.check_actions(task.spec, trainer.task.spec)
     policy = onboard.Policy(trainer.policy_spec(), trainer.policy())
     return _drive(options, _env(options, task), policy.act)
 
@@ -160,10 +161,17 @@ def _env(options: Namespace, task: Task) -> Any:
     return catalog.make_env(task, options.real, options.seed, options.realtime, options.view)
 
 
+def _steered(task: Task, what: str) -> None:
+    """Raise TaskError for what neither a script nor a person can drive."""
+    if not isinstance(task, Course):
+        raise TaskError(f"{task.spec.name}: only courses can {what}")
+    if catalog.declaration(task.spec)[1].names != STEERED:
+        raise TaskError(f"{task.spec.name}: only robots that take {' and '.join(STEERED)} can {what}")
+
+
 def _pursue(options: Namespace) -> Said:
     task = catalog.make_task(catalog.load_spec(options.task or options.source))
-    if not isinstance(task, Course):
-        raise TaskError(f"{task.spec.name}: pure pursuit drives courses only")
+    _steered(task, "be driven by pure pursuit")
     found: dict[str, Any] = {}
     policy = {"speed_mps": 1.0, "lookahead_m": 0.8}
     if options.tune:
@@ -185,6 +193,8 @@ def _drive(
     text = "{episodes} episodes, mean return {return_mean:.1f}"
     if course:
         text = "{laps} laps, {clean_laps} clean in a row, {contacts} contacts, median {lap_time_s[median]} s"
+    elif env.task.spec.kind == "walk":
+        text = "{episodes} episodes, {speed_mps:.2f} m/s, {falls} falls"
     text += "; policy p99 {policy_ms[p99]:.3f} ms"
     return text.format(**result), result | (more or {})
 

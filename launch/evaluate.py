@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..drivers.base import Twin
+from ..drivers.base import Robot, Twin
 from ..robot_env.course import Course
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
@@ -32,6 +33,7 @@ class Episodes:
     takeovers: int = 0
     resets: int = 0
     interventions: int = 0
+    falls: int = 0
     _episode: list[Record] = field(default_factory=list)  # its steps so far, without those of resets
 
     def push(self, record: Record) -> dict[str, float]:
@@ -44,6 +46,7 @@ class Episodes:
         if record.action is not None:
             self.steps += 1
             self.takeovers += record.source == "takeover"
+            self.falls += "fall" in record.events and record.source != "reset"
             if record.source != "reset":
                 self._episode.append(record)
             return out
@@ -56,6 +59,9 @@ class Episodes:
                 "env/success": float(not self._episode[-1].terminated),
                 "env/takeovers": self.takeovers / max(self.steps, 1),
             }
+            speeds = [step.reading.values["velocity"][0] for step in self._episode if "velocity" in step.reading.values]
+            out |= {"env/speed_mps": float(np.mean(speeds))} if speeds else {}
+            out |= {"env/falls": self.falls} if self.falls else {}
         self._episode.clear()
         return out | {"env/resets": self.resets, "env/interventions": self.interventions}
 
@@ -72,6 +78,8 @@ class Tally:
         self.laps: list[float] = []
         self.contacts: int | None = None  # with walls, as the twin knows them (law 13); on hardware nobody does
         self._clean: list[bool] = []
+        self._moved: list[tuple[float, float]] = []  # m forward, and s it took, in the steps of episodes
+        self._before: tuple[float, dict[str, float]] | None = None  # time and truth after the step before
         self._contacts_before: int | None = None  # this lap
         env.on_record.append(self._see)
 
@@ -89,6 +97,9 @@ class Tally:
             "success_rate": float(np.mean(self.successes)), "policy_ms": {"p50": p50, "p99": p99, "max": worst},
             "late": self.env.rate.late if isinstance(self.env, RobotEnv) else 0,
         }  # fmt: skip
+        if isinstance(self.env, RobotEnv):
+            ahead, seconds = np.sum([(0.0, 1e-9), *self._moved], axis=0)
+            out |= {"speed_mps": round(float(ahead / seconds), 3), "falls": self.episodes.falls}
         if isinstance(self.env.task, Course):
             rows = (len(list(row)) for clean, row in itertools.groupby(self._clean) if clean)
             out |= {
@@ -99,8 +110,8 @@ class Tally:
 
     def _see(self, record: Record) -> None:
         found = self.episodes.push(record)
-        if isinstance(self.env, RobotEnv) and isinstance(self.env.robot, Twin):
-            self.contacts = int(self.env.robot.truth()["contacts"])
+        if isinstance(self.env, RobotEnv):
+            self._move(self.env.robot, record)
         if "env/lap_time_s" in found:
             self.laps.append(round(found["env/lap_time_s"], 3))
             self._clean.append(bool(found["env/lap_clean"]) and self.contacts == self._contacts_before)
@@ -109,6 +120,21 @@ class Tally:
         if "env/episode_return" in found:
             self.returns.append(found["env/episode_return"])
             self.successes.append(found["env/success"])
+
+    def _move(self, robot: Robot, record: Record) -> None:
+        """How far this step went: by what a twin knows, where it went; else by what was measured."""
+        step = record.action is not None and record.source != "reset"
+        if not isinstance(robot, Twin):
+            if step and "velocity" in record.reading.values:
+                self._moved.append((float(record.reading.values["velocity"][0]), 1.0))
+            return
+        now, here = robot.now(), robot.truth()
+        self.contacts = int(here["contacts"])
+        if step and self._before:  # not the first of an episode: before it a twin may have been placed
+            then, there = self._before
+            x, y = here["x"] - there["x"], here["y"] - there["y"]
+            self._moved.append((x * math.cos(there["heading"]) + y * math.sin(there["heading"]), now - then))
+        self._before = (now, here) if step else None
 
 
 def practise(env: RobotEnv | GymEnv, wish: Callable[..., np.ndarray | None], seed: int | None = None) -> None:
@@ -153,7 +179,7 @@ def pursuit(env: RobotEnv, speed_mps: float, lookahead_m: float) -> Driver:
     """Pure pursuit as a driver: it looks at the newest reading, through the same sensors and gate."""
     assert isinstance(env.task, Course)
     follow = Pursuit(env.task.line, speed_mps, lookahead_m)
-    return lambda obs, prev: env.robot.command.to_action(np.array(follow.act(env.reading.values["pose"])))
+    return lambda obs, prev: env.command.to_action(np.array(follow.act(env.reading.values["pose"])))
 
 
 def tune(make_env: Callable[[], RobotEnv], say: Callable[[str], None]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..agents.snapshot import SnapshotError
 from ..robot_env.record import Meta, RecordError, SegmentWriter, read_recording, read_streams
+from ..robot_env.sample import translated
 from ..robot_env.task import TaskSpec
 from . import catalog, config
 from .log import Log
@@ -88,7 +89,8 @@ class Learner:
         prior = list(chain.from_iterable(read_streams(s) if s.is_dir() else [read_recording(s.parent)] for s in steps))
         if others := {meta.robot for meta, _ in prior} - {job.spec.robot}:
             raise config.RunError(f"--prior: recorded on {', '.join(others)}; this task's robot is {job.spec.robot}")
-        task, experience = catalog.make_task(job.spec), [records for _, records in prior]
+        task, command = catalog.make_task(job.spec), catalog.declaration(job.spec)[1]
+        experience = [translated(meta, records, command) for meta, records in prior]
         self.trainer = Trainer(task, job.config, job.seed, experience, job.devices)
         self._compiled = ThreadPoolExecutor(1).submit(self.trainer.warm_up)
         self._first_lap, self._actors = False, 0
@@ -212,6 +214,8 @@ class Learner:
         cursor, warning = self.trainer.load(self.job.folder / "snapshots") if self.job.resume else ({}, "")
         if self.job.start and not cursor:
             warning = self.trainer.start_from(Path(self.job.start) / "snapshots")
+            _, facts = config.read(self.job.start)
+            catalog.check_actions(self.job.spec, catalog.spec_of(facts["task"], facts["name"]))
         if warning:
             self._warn(warning)
         expected = {}

@@ -22,6 +22,7 @@ RATE_OVER = 20  # steps/s and updates/s are means over this many refreshes
 SHOWN = {
     "learn/utd": "UTD {:.3g}",
     "env/episode_return": "return {:.1f}",
+    "env/speed_mps": "{:.2f} m/s",
     "env/resets": "resets {:.0f}",
     "env/interventions": "interventions {:.0f}",
     "link/weights_age_s": "weights {:.2g} s old",

@@ -25,7 +25,7 @@ from .config import RunError
 from .log import read_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")
-TROUBLE = ("collision", "stuck", "flip")
+TROUBLE = ("collision", "stuck", "flip", "fall")
 UNKNOWN = np.full(4, np.nan)
 
 

@@ -45,7 +45,7 @@ def job_of(options: Any) -> Job:
                 raise RunError(f"{how}: leave out {name} or give the same, or leave out --resume")
     else:
         spec, seed, prior, start = catalog.load_spec(options.task), options.seed, options.prior, options.start
-        settings = config.load(options.preset, spec.kind, [*options.set, *steps])
+        settings = config.load(options.preset, catalog.family(spec), [*options.set, *steps])
         folder = Path(options.out) if options.out else config.new_folder("runs", spec.name.replace(":", "-"))
         if (folder / "config.toml").exists():
             raise RunError(f"{folder} holds a run already; go on with it by --resume, or choose another --out")

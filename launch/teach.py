@@ -50,7 +50,7 @@ def scripted(env: RobotEnv, speed_mps: float, quality: float, seed: int) -> Teac
     follow = pursuit(env, speed_mps, LOOKAHEAD_M)
     rng = np.random.default_rng(seed)
     keep = np.exp(-1.0 / (env.task.spec.hz * WANDER_S))
-    sigma = WANDER_RAD * (1.0 - quality) / env.robot.command.action_high[1] * np.sqrt(1 - keep**2)
+    sigma = WANDER_RAD * (1.0 - quality) / env.command.action_high[1] * np.sqrt(1 - keep**2)
     wander = 0.0
 
     def drive(obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ def scripted(env: RobotEnv, speed_mps: float, quality: float, seed: int) -> Teac
 
 def by_hand(device: Keyboard | Gamepad, env: RobotEnv, speed_mps: float) -> Teacher:
     """Full deflection means `speed_mps` and full lock."""
-    command = env.robot.command
+    command = env.command
 
     def drive(obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
         steer, speed, stop = device.read()

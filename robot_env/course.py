@@ -1,15 +1,14 @@
-"""The course: checkpoints in order, reward towards the next one, laps, and what counts as trouble."""
+"""The course: checkpoints in order, reward towards the next one, laps."""
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
-from .reset import DriveReset
-from .task import Batch, Observer, Outcome, TaskError, TaskSpec
+from .task import Batch, Body, Observer, Outcome, Recovery, TaskError, TaskSpec, check_channels
 from .track import STEP_M, Line, resample, walls
 
 GOAL_SCALE_M = 5.0  # divides the distance to the checkpoint in the observation
@@ -20,44 +19,30 @@ PREVIEW_SCALE_M = 2.0
 SPARSE_M = 1.0  # points of a centre line further apart than this are joined by straight lines
 HINDSIGHT_M = 4.0  # spread of goals drawn around the car, FastRLAP hindsight.py
 
-# Detectors, on measured channels only. FastRLAP/RACER thresholds (systems.md 1.6); `tests/test_course.py`
-# holds them against an hour of pure pursuit.
-COLLISION_MPS2 = 20.0  # horizontal specific force, peak since the last reading
-FLIPPED_MPS2 = -4.0  # vertical specific force: on the roof
-TIPPED_MPS2 = 2.0  # below this for TIPPED_S: lying on a side
-TIPPED_S = 0.5
-STUCK_M = 0.3  # within this for STUCK_S
-STUCK_S = 3.0
-FAIL_PENALTY = 10.0  # plus up to 5 for the force of the hit, FastRLAP inference_agent.py
-
 
 @dataclass
 class Progress:
     """Where a stream of readings stands on the course. Moved by `Course.advance` alone."""
 
     goal: int
+    body: Any  # what the body remembers
     lap_started: float | None = None  # stamp of the pose that began the lap
     lap_clean: bool = True  # no trouble since then
-    tipped: int = 0  # ticks in a row
-    trail: deque[np.ndarray] = field(default_factory=deque)  # recent positions, newest last
 
 
 class Course:
-    """A `Task` of kind "course" for a robot that reads pose, velocity, accel and shock."""
+    """A `Task` of kind "course" for a robot that reads pose and velocity."""
 
     relabels = True
-    NEEDS = ("pose", "velocity", "accel", "shock")
 
-    def __init__(self, spec: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
-        missing = [n for n in self.NEEDS if n not in {c.name for c in channels}]
-        if missing:
-            raise TaskError(f"{spec.name}: robot {spec.robot} has no channel {', '.join(missing)} for a course")
-        self.spec = spec
+    def __init__(self, spec: TaskSpec, channels: tuple[Channel, ...], command: Command, body: Body) -> None:
+        check_channels(spec, channels, ("pose", "velocity", *body.needs))
+        if spec.hindsight and not body.pays_speed:
+            raise TaskError(f"{spec.name}: task.hindsight must be 0: {spec.robot} is not rewarded by its speed alone")
+        self.spec, self._body, self.from_rest = spec, body, body.from_rest
         self._observer = Observer(channels)
         self._goals = np.array([c.at[:2] for c in spec.checkpoints])  # (k, 2)
         self._radii = np.array([c.radius_m for c in spec.checkpoints])
-        self._stuck_ticks = max(2, round(STUCK_S * spec.hz))
-        self._tipped_ticks = max(1, round(TIPPED_S * spec.hz))
         points = np.asarray(spec.course.centerline) if spec.course.centerline else self._goals
         # a smooth line, without a centre line through the checkpoints
         if spec.course.centerline and np.linalg.norm(np.diff(points, axis=0), axis=1).max() > SPARSE_M:
@@ -79,7 +64,7 @@ class Course:
         s, _ = self.line.project(reading.values["pose"][:2])
         ahead = (self._goal_s - s) % self.line.length
         ahead[np.linalg.norm(self._goals - reading.values["pose"][:2], axis=1) < self._radii] = np.inf
-        return Progress(goal=int(np.argmin(ahead)))
+        return Progress(int(np.argmin(ahead)), self._body.begin())
 
     def observe(self, progress: Progress, reading: Reading, action: np.ndarray) -> np.ndarray:
         """Channels; checkpoint in the body frame (unit x, unit y, distance); the way ahead; previous action."""
@@ -92,32 +77,30 @@ class Course:
         return np.concatenate(parts).astype(np.float32)
 
     def advance(self, progress: Progress, action: np.ndarray, reading: Reading) -> Outcome:
-        """FastRLAP's reward: speed towards the checkpoint, minus a penalty for trouble (systems.md 1.4).
+        """FastRLAP's reward: for the speed towards the checkpoint, as the body has it (systems.md 1.4).
 
-        Computed on the newer reading with the checkpoint that was pursued. A collision or a flip
-        terminates; being stuck truncates.
+        Computed on the newer reading with the checkpoint that was pursued.
         """
         events: dict[str, float] = {}
         ahead, left, distance = self._to_goal(progress, reading)
-        reward = float(reading.values["velocity"][:2] @ np.array([ahead, left]))
-        trouble = self._trouble(progress, reading)
+        speed_mps = float(reading.values["velocity"][:2] @ np.array([ahead, left]))
+        trouble = self._body.trouble(progress.body, reading)
         if trouble:
             events[trouble] = 1.0
-            reward -= FAIL_PENALTY + min(max(float(reading.values["shock"][0]) / 5.0, 0.0), 5.0)
             progress.lap_clean = False
-            progress.trail.clear()
-            progress.tipped = 0
         if distance * GOAL_SCALE_M < self._radii[progress.goal]:
             self._reach(progress, reading, events)
-        return Outcome(reward, trouble in ("collision", "flip"), trouble == "stuck", events, reset=bool(trouble))
+        reward, ended = self._body.reward(reading, speed_mps, trouble), trouble in self._body.terminal
+        return Outcome(reward, ended, bool(trouble) and not ended, events, reset=bool(trouble))
 
-    def recover(self, command: Command, reading: Reading, outcome: Outcome) -> DriveReset:
-        """Back off, steer out, turn round; a flip needs a hand."""
-        width = self.spec.course.width_m or 2.0 * float(self._radii.min())
-        return DriveReset(command, self.line, width, self.spec.hz, flipped="flip" in outcome.events)
+    def recover(self, reading: Reading, outcome: Outcome) -> Recovery:
+        """The body's own, along the line."""
+        return self._body.recover(
+            outcome.events, self.line, self.spec.course.width_m or 2.0 * float(self._radii.min())
+        )
 
     def spot(self, reading: Reading) -> tuple[float, float, float]:
-        """Where a hand would set the car down: on the line, facing along it."""
+        """Where a hand would set the robot down: on the line, facing along it."""
         s, _ = self.line.project(reading.values["pose"][:2])
         return (*map(float, self.line.at(s)), float(self.line.heading(s)))  # type: ignore[return-value]
 
@@ -157,21 +140,6 @@ class Course:
             events["lap_started"] = 1.0
             progress.lap_started, progress.lap_clean = stamp, True
         progress.goal = (progress.goal + 1) % len(self._goals)
-
-    def _trouble(self, progress: Progress, reading: Reading) -> str:
-        up = float(reading.values["accel"][2])
-        progress.tipped = progress.tipped + 1 if up < TIPPED_MPS2 else 0
-        if up < FLIPPED_MPS2 or progress.tipped >= self._tipped_ticks:
-            return "flip"
-        if float(reading.values["shock"][0]) > COLLISION_MPS2:
-            return "collision"
-        trail = progress.trail
-        trail.append(reading.values["pose"][:2].copy())
-        if len(trail) > self._stuck_ticks:
-            trail.popleft()
-            if np.linalg.norm(np.asarray(trail) - trail[-1], axis=1).max() < STUCK_M:
-                return "stuck"
-        return ""
 
 
 def _goals(pose: np.ndarray, relative: np.ndarray) -> np.ndarray:

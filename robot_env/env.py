@@ -24,7 +24,7 @@ class RecordingEnv(gymnasium.Env):
     """Takes actions in [-1, 1], numbers its steps, and gives a Record of each to everyone in `on_record`."""
 
     def __init__(self, task: Task, command: Command) -> None:
-        self.task = task
+        self.task, self.command = task, command
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (command.size,), np.float32)
         self.action = task.rest  # executed last
         self.on_record: list[Callable[[Record], None]] = []
@@ -50,7 +50,7 @@ class RobotEnv(RecordingEnv):
     """
 
     def __init__(self, robot: Robot, task: Task, gate: Gate, rate: Rate) -> None:
-        super().__init__(task, robot.command)
+        super().__init__(task, gate.command)
         self.robot, self.gate, self.rate = robot, gate, rate
         self.events: Callable[[], tuple[str, ...]] = tuple  # gate events, e.g. from an e-stop button
         self.auto_reset = True  # off only to show what practice without it is worth
@@ -68,13 +68,14 @@ class RobotEnv(RecordingEnv):
         """Make the robot able to try again, by its own motion. Returns (observation, info)."""
         super().reset(seed=seed)
         try:
-            if self._open and self.gate.state in (DISARMED, *LATCHED):  # only a person's clear and arm lead on
+            rested = self._open and self.gate.state in (DISARMED, *LATCHED)
+            if rested:  # only a person's clear and arm lead on
                 self._arm()
-            self._start(seed)
-            if self._segment:
-                self._end_segment()
-                if self._outcome.reset and self.auto_reset:
-                    self._recover()
+            rested |= self._start(seed)
+            ended = self._segment > 0
+            self._end_segment()
+            if self.auto_reset and ((ended and self._outcome.reset) or (rested and not self.task.from_rest)):
+                self._recover()
         except BaseException:
             self.robot.stop()
             raise
@@ -101,7 +102,8 @@ class RobotEnv(RecordingEnv):
         finally:  # an observer may fail, too
             self.robot.close()
 
-    def _start(self, seed: int | None) -> None:
+    def _start(self, seed: int | None) -> bool:
+        """Begin the stream where that is due; whether it was, and the robot rests."""
         first = not self._open
         if first:
             self.robot.open()
@@ -110,12 +112,14 @@ class RobotEnv(RecordingEnv):
             self._end_segment()
             self.robot.place(self.task.start)
             self._progress, self._outcome = None, GENTLE
-        if self._progress is None:
+        begins = self._progress is None
+        if begins:
             self.rate.restart()
             self.reading = self.robot.read()
             self._arm("arm")
             self._progress = self.task.begin(self.reading)
             self.action = self.task.rest
+        return begins
 
     def _arm(self, *events: str) -> None:
         """Stand still until the gate is armed. Raises SafetyError naming what keeps it from that."""
@@ -141,7 +145,7 @@ class RobotEnv(RecordingEnv):
         now, reading = self.robot.now(), self.reading
         command, state, faults = self.gate.step(now, reading, wish, self.events())
         self.robot.write(command)
-        self.action = self.robot.command.to_action(command)
+        self.action = self.command.to_action(command)
         self.rate.wait()
         self.reading = self._read()
         outcome = self.task.advance(self._progress, self.action, self.reading)
@@ -162,7 +166,7 @@ class RobotEnv(RecordingEnv):
         self._segment = 0
 
     def _recover(self) -> None:
-        recovery = self.task.recover(self.robot.command, self.reading, self._outcome)
+        recovery = self.task.recover(self.reading, self._outcome)
         events: dict[str, float] = {"reset": 1.0}
         while True:
             if recovery.needs_hand:

@@ -53,7 +53,7 @@ class GymTask:
 
     relabels = False
     _never_asked: Any = None  # it is no course, starts again by itself and tells its rewards
-    advance = start = walls = recover = spot = in_hindsight = _never_asked
+    advance = start = from_rest = walls = recover = spot = in_hindsight = _never_asked
 
     def __init__(self, task: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
         self.spec = task
@@ -73,7 +73,7 @@ class GymEnv(RecordingEnv):
 
     def __init__(self, task: GymTask, env: gymnasium.Env, command: Command) -> None:
         super().__init__(task, command)
-        self.env, self.command = env, command
+        self.env = env
         self.observation_space = env.observation_space
         self._ticks, self._open = 0, False
         self._reading = self._read(np.zeros(task.observation_size))

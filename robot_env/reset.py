@@ -1,13 +1,27 @@
-"""Reset by driving: back off, steer out, turn round, until the car stands in the course's direction."""
+"""A car's body: what counts as trouble, and the reset by driving: back off, steer out, turn round, until the car
+stands in the course's direction."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..drivers.base import Command, Reading
 from .track import Line
+
+# Detectors, on measured channels only. FastRLAP/RACER thresholds (systems.md 1.6); `tests/test_course.py`
+# holds them against an hour of pure pursuit.
+COLLISION_MPS2 = 20.0  # horizontal specific force, peak since the last reading
+FLIPPED_MPS2 = -4.0  # vertical specific force: on the roof
+TIPPED_MPS2 = 2.0  # below this for TIPPED_S: lying on a side
+TIPPED_S = 0.5
+STUCK_M = 0.3  # within this for STUCK_S
+STUCK_S = 3.0
+FAIL_PENALTY = 10.0  # plus up to 5 for the force of the hit, FastRLAP inference_agent.py
 
 PAUSE_S = 0.2  # let the car and its sensors settle (RACER: 0.5 s)
 BACK_MPS = -1.3  # FastRLAP: 1 s of raw speed -1 m/s; here until the way ahead is free
@@ -19,6 +33,65 @@ ALIGNED_RAD = 0.5
 CLEAR_M = 0.3  # driven forward without being blocked
 UPRIGHT_MPS2, UPRIGHT_S = 7.0, 2.0  # above this for so long: on its wheels, and out of the hand
 DOWN_MPS2, DOWN_S = 2.0, 0.5  # below this for so long: it came down on its side or roof after all
+
+
+@dataclass
+class Memory:
+    """Of the readings that have come."""
+
+    tipped: int = 0  # ticks in a row
+    trail: deque[np.ndarray] = field(default_factory=deque)  # recent positions, newest last
+
+
+class Wheeled:
+    """The `Body` of a car. A collision or a flip terminates; being stuck truncates."""
+
+    needs = ("pose", "velocity", "accel", "shock")
+    terminal = ("collision", "flip")
+    from_rest = pays_speed = True
+
+    def __init__(self, command: Command, hz: float) -> None:
+        self._command, self._hz = command, hz
+        self._stuck_ticks = max(2, round(STUCK_S * hz))
+        self._tipped_ticks = max(1, round(TIPPED_S * hz))
+
+    def begin(self) -> Memory:
+        """Nothing yet."""
+        return Memory()
+
+    def trouble(self, memory: Memory, reading: Reading) -> str:
+        """"collision", "flip", "stuck" or ""; after any of them it begins to look anew."""
+        found = self._trouble(memory, reading)
+        if found:
+            memory.trail.clear()
+            memory.tipped = 0
+        return found
+
+    def reward(self, reading: Reading, speed_mps: float, trouble: str) -> float:
+        """FastRLAP's: the speed, minus 10 for trouble and up to 5 for the force of a hit (systems.md 1.4)."""
+        if not trouble:
+            return speed_mps
+        return speed_mps - (FAIL_PENALTY + min(max(float(reading.values["shock"][0]) / 5.0, 0.0), 5.0))
+
+    def recover(self, trouble: Collection[str], line: Line | None, width_m: float) -> DriveReset:
+        """Back off, steer out, turn round; a flip needs a hand."""
+        assert line is not None  # cars drive on courses
+        return DriveReset(self._command, line, width_m, self._hz, flipped="flip" in trouble)
+
+    def _trouble(self, memory: Memory, reading: Reading) -> str:
+        up = float(reading.values["accel"][2])
+        memory.tipped = memory.tipped + 1 if up < TIPPED_MPS2 else 0
+        if up < FLIPPED_MPS2 or memory.tipped >= self._tipped_ticks:
+            return "flip"
+        if float(reading.values["shock"][0]) > COLLISION_MPS2:
+            return "collision"
+        trail = memory.trail
+        trail.append(reading.values["pose"][:2].copy())
+        if len(trail) > self._stuck_ticks:
+            trail.popleft()
+            if np.linalg.norm(np.asarray(trail) - trail[-1], axis=1).max() < STUCK_M:
+                return "stuck"
+        return ""
 
 
 class DriveReset:

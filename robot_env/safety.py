@@ -9,6 +9,7 @@ right; HOLD alone recovers by itself. Clearing never moves the robot: somebody h
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Limits:
     tolerance: np.ndarray  # an actuator further than this from its command for FOLLOW_S does not follow it
     safe: np.ndarray  # what stops the robot
     keeps: np.ndarray  # bool: what stays as it was in HOLD, e.g. the steering
-    measured: tuple[str, ...]  # channel whose first number measures each value; "": none
+    measured: tuple[str, ...]  # channel that measures each value; "": none
+    place: tuple[int, ...]  # and which of its numbers does
     max_age_s: dict[str, float]  # channel -> oldest acceptable reading
     max_same_s: dict[str, float]  # noisy channel -> longest time over which a value may repeat
     deadman_s: float  # longest time without an `alive` event
@@ -59,10 +61,11 @@ class Limits:
     def of(cls, channels: tuple[Channel, ...], command: Command, wanted: Mapping[str, float]) -> Limits:
         """The robot's own limits, from its declaration, tightened by a task's `[gate]` table: `max_<name>_<unit>`,
         e.g. max_speed_mps, and `deadman_s`. Raises SafetyError for an unknown key (naming the valid ones) or a
-        value beyond the own.
+        value beyond the own; and where what measures a value is not there.
         """
         low, high, rate, safe = (np.array(v, float) for v in (command.low, command.high, command.rate, command.safe))
         free = (np.inf,) * command.size
+        measures = [_measures(channels, text) for text in command.measured or ("",) * command.size]
         units = [unit.replace("/", "p") for unit in command.units]
         keys = {f"max_{name}_{units[i]}": i for i, name in enumerate(command.names)}
         for key, value in wanted.items():
@@ -79,10 +82,21 @@ class Limits:
                 high[i], low[i] = value, max(low[i], -value)
         return cls(
             low, high, rate, np.array(command.reach or free), np.array(command.tolerance or free), safe,
-            np.array(command.keeps or (False,) * command.size), command.measured or ("",) * command.size,
+            np.array(command.keeps or (False,) * command.size),
+            tuple(name for name, _ in measures), tuple(place for _, place in measures),
             {c.name: c.latency_s + STALE_PERIODS / c.hz for c in channels},
             {c.name: STUCK_PERIODS / c.hz for c in channels if c.noisy}, wanted.get("deadman_s", np.inf),
         )  # fmt: skip
+
+
+def _measures(channels: tuple[Channel, ...], text: str) -> tuple[str, int]:
+    """The channel and the number of it that `text` ("name" or "name[number]") says; ("", 0) of ""."""
+    found = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", text)
+    assert found is not None
+    name, place = found[1], int(found[2] or 0)
+    if text and place >= {c.name: c.size for c in channels}.get(name, 0):
+        raise SafetyError(f"a command is measured by {text!r}, which no channel has: {[c.name for c in channels]}")
+    return name, place
 
 
 class Gate:
@@ -236,6 +250,7 @@ class Gate:
         """(n,) what is measured of each value of a command; `default` where nothing is, or not now."""
         found = np.array(default, float)
         for i, name in enumerate(self.limits.measured):
-            if name in measurement.values and np.isfinite(measurement.values[name][0]):
-                found[i] = measurement.values[name][0]
+            place = self.limits.place[i]
+            if name in measurement.values and np.isfinite(measurement.values[name][place]):
+                found[i] = measurement.values[name][place]
         return found

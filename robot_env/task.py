@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-KINDS = ("course",)  # walk and manipulate come with their robots
+# what each kind of task has of its own in a file; manipulate comes with its robot
+KINDS: dict[str, tuple[str, ...]] = {"course": ("course", "checkpoint"), "walk": ("walk",)}
+REWARDS = ("witp", "aprl", "stand")  # of kind walk
 _SHIPPED = Path(__file__).parent / "tasks"
 Batch = dict[str, np.ndarray]  # of samples, by their fields
 
@@ -45,6 +47,14 @@ class CourseSpec:
 
 
 @dataclass(frozen=True)
+class WalkSpec:
+    """The `[walk]` table."""
+
+    reward: str = "witp"  # one of REWARDS
+    speed_mps: float = 0.5  # that is wanted (A Walk in the Park)
+
+
+@dataclass(frozen=True)
 class TaskSpec:
     """A task file, checked. `text` is the file as it was, for records, runs and bundles."""
 
@@ -56,7 +66,10 @@ class TaskSpec:
     hindsight: float = 0.0  # share of each batch whose goals are drawn again in hindsight
     course: CourseSpec = field(default_factory=CourseSpec)
     checkpoints: tuple[Checkpoint, ...] = ()
+    walk: WalkSpec = field(default_factory=WalkSpec)
     gate: dict[str, float] = field(default_factory=dict)
+    action: dict[str, list[float]] = field(default_factory=dict)  # low, high: SI; empty: the robot's own box
+    twin: dict[str, Any] = field(default_factory=dict)  # more keywords of the twin
     text: str = ""
 
 
@@ -95,6 +108,27 @@ class Recovery(Protocol):
         """(n,) action-unit wish (it may leave the action box), or None when the robot can try again."""
 
 
+class Body(Protocol):
+    """What a task must know of the robot that does it. Named in the robot's row, made of (command, hz)."""
+
+    needs: tuple[str, ...]  # the channels it reads
+    terminal: tuple[str, ...]  # the trouble that ends an episode; any other truncates it
+    from_rest: bool  # it can begin where it rests; else it recovers first
+    pays_speed: bool  # its reward is the speed, and what does not depend on it
+
+    def begin(self) -> Any:
+        """What `trouble` remembers of a stream of readings."""
+
+    def trouble(self, memory: Any, reading: Reading) -> str:
+        """What is wrong with the robot, by name, or ""."""
+
+    def reward(self, reading: Reading, speed_mps: float, trouble: str) -> float:
+        """What a step is worth in which it had this speed in the wanted direction."""
+
+    def recover(self, trouble: Collection[str], line: Line | None, width_m: float) -> Recovery:
+        """The reset after this trouble; on a course, along its line with so much room."""
+
+
 class Task(Protocol):
     """A task's behaviour: pure functions of readings, folded over a stream through `progress`."""
 
@@ -103,6 +137,7 @@ class Task(Protocol):
     relabels: bool  # reward and termination can be computed from readings alone
     rest: np.ndarray  # (n,) the action of a robot at rest: what was "executed" before the first step
     start: tuple[float, float, float]  # where a twin is placed, x m, y m, heading rad
+    from_rest: bool  # it can begin where the robot rests; else the robot recovers first
 
     def walls(self) -> list[np.ndarray]:
         """Closed polylines (k, 2) in m that a twin puts up."""
@@ -116,7 +151,7 @@ class Task(Protocol):
     def advance(self, progress: Any, action: np.ndarray, reading: Reading) -> Outcome:
         """Move `progress` to the reading that followed `action`; the outcome of that step."""
 
-    def recover(self, command: Command, reading: Reading, outcome: Outcome) -> Recovery:
+    def recover(self, reading: Reading, outcome: Outcome) -> Recovery:
         """The reset after `outcome`."""
 
     def spot(self, reading: Reading) -> tuple[float, float, float]:
@@ -150,20 +185,55 @@ def parse(text: str, name: str, file: str = "task") -> TaskSpec:
     except tomllib.TOMLDecodeError as error:
         raise TaskError(f"{file}: not valid TOML: {error}") from None
     _check(data, _FILE, file)
-    task, course, gate = (data.get(key, {}) for key in ("task", "course", "gate"))
+    task, course, gate, walk, action, twin = (data.get(key, {}) for key in _FILE if key != "checkpoint")
     rows = data.get("checkpoint", [])
     _check(task, _TASK, file, "task.", "robot kind hz episode_s")
     _check(course, _COURSE, file, "course.", "width_m" if "centerline" in course else "")
     _check(gate, dict.fromkeys(gate, _number(0, 1e6)), file, "gate.")
+    _check(walk, _WALK, file, "walk.")
+    _check(action, _ACTION, file, "action.", "low high" if action else "")
+    _check(twin, dict.fromkeys(twin, _SETTING), file, "twin.")
+    for kind, tables in KINDS.items():
+        for table in tables if kind != task["kind"] else ():
+            if table in data:
+                raise TaskError(f"{file}: [{table}] is for tasks of kind {kind}, not {task['kind']}; remove it")
     for i, row in enumerate(rows):
         _check(row, _CHECKPOINT, file, f"checkpoint[{i}].", "at")
-    if len(rows) < 2:
+    if task["kind"] == "course" and len(rows) < 2:
         raise TaskError(f"{file}: a course needs at least 2 [[checkpoint]] tables, found {len(rows)}")
     checkpoints = tuple(Checkpoint(tuple(map(float, row.pop("at"))), **row) for row in rows)
-    spec = TaskSpec(name, **task, course=CourseSpec(**course), checkpoints=checkpoints, gate=gate, text=text)
+    spec = TaskSpec(
+        name, **task, course=CourseSpec(**course), checkpoints=checkpoints, walk=WalkSpec(**walk), gate=gate,
+        action=action, twin=twin, text=text,
+    )  # fmt: skip
     if spec.course.centerline:
         _check_inside(spec, file)
     return spec
+
+
+def boxed(spec: TaskSpec, command: Command) -> Command:
+    """The robot's command with the action box of the task's `[action]`. Raises TaskError."""
+    if not spec.action:
+        return command
+    ends = {key: tuple(map(float, spec.action[key])) for key in ("low", "high")}
+    for key, values in ends.items():
+        if len(values) != command.size:
+            names = ", ".join(command.names)
+            raise TaskError(f"{spec.name}: action.{key} has {len(values)} values, {spec.robot} takes {names}")
+    for name, *row in zip(command.names, command.low, ends["low"], ends["high"], command.high, strict=True):
+        if not row[0] <= row[1] < row[2] <= row[3]:
+            raise TaskError(
+                f"{spec.name}: action: {name} from {row[1]:g} to {row[2]:g}: must rise, within the robot's own "
+                f"{row[0]:g} to {row[3]:g}"
+            )
+    return replace(command, action_low=ends["low"], action_high=ends["high"])
+
+
+def check_channels(spec: TaskSpec, channels: Sequence[Channel], needs: Sequence[str]) -> None:
+    """Raise TaskError naming what the task needs and the robot does not read."""
+    missing = [name for name in dict.fromkeys(needs) if name not in {c.name for c in channels}]
+    if missing:
+        raise TaskError(f"{spec.name}: robot {spec.robot} has no channel {', '.join(missing)} for a {spec.kind}")
 
 
 def _check_inside(spec: TaskSpec, file: str) -> None:
@@ -207,9 +277,16 @@ def _is_point(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_number(-1e5, 1e5)[1], value))
 
 
+def _rises(value: list[float]) -> bool:
+    return len(value) == 2 and value[0] <= value[1]
+
+
 _TABLE: Rule = ("a table", lambda v: isinstance(v, dict))
 _TABLES: Rule = ("[[checkpoint]] tables", lambda v: isinstance(v, list) and all(map(_TABLE[1], v)))
-_FILE: dict[str, Rule] = {"task": _TABLE, "course": _TABLE, "checkpoint": _TABLES, "gate": _TABLE}
+_FILE: dict[str, Rule] = {
+    "task": _TABLE, "course": _TABLE, "checkpoint": _TABLES, "gate": _TABLE, "walk": _TABLE, "action": _TABLE,
+    "twin": _TABLE,
+}  # fmt: skip
 _TASK: dict[str, Rule] = {
     "robot": (
         "the name of a robot in the catalog, not a module path",
@@ -225,4 +302,14 @@ _COURSE: dict[str, Rule] = {
     "width_m": _number(0.01, 100),
     "centerline": ("4 or more points [x, y] in m", lambda v: type(v) is list and len(v) > 3 and all(map(_is_point, v))),
 }
+_WALK: dict[str, Rule] = {
+    "reward": (f"one of {', '.join(REWARDS)}", lambda v: v in REWARDS),
+    "speed_mps": _number(0.05, 10),
+}
+_END: Rule = ("a list of numbers, one an action", lambda v: type(v) is list and all(map(_number(-1e6, 1e6)[1], v)))
+_ACTION: dict[str, Rule] = {"low": _END, "high": _END}
+_SETTING: Rule = (
+    "a text, a number or a pair [low, high] of numbers",
+    lambda v: type(v) is str or _END[1](v if type(v) is list else [v]) and (type(v) is not list or _rises(v)),
+)
 _CHECKPOINT: dict[str, Rule] = {"at": ("a point [x, y] in m", _is_point), "radius_m": _number(0.01, 100)}

@@ -146,7 +146,7 @@ TYPED = {
     "export of nothing": (["export", "x"], "x: not a run folder"),
     "drive of nothing": (["drive", "x"], "x"),
     "report of nothing": (["report", "x"], "x"),
-    "hardware for a gym": (["eval", "gym:Pendulum-v1", "--policy", "pursuit"], "pure pursuit drives courses only"),
+    "hardware for a gym": (["eval", "gym:Pendulum-v1", "--policy", "pursuit"], "only courses can be driven by"),
 }  # fmt: skip
 
 
@@ -189,7 +189,7 @@ FILES = {
     "broken": ("[task]", "[task", "not valid TOML"),
     "an unknown key": ("hz = 10", "hz = 10\nspeed = 3", "unknown key task.speed; valid are"),
     "a module path": ('"fake"', '"os:system"', "not a module path"),
-    "another robot": ('"fake"', '"boat"', "unknown robot 'boat'; this installation has car, fake"),
+    "another robot": ('"fake"', '"boat"', "unknown robot 'boat'; this installation has car, quadruped, fake"),
     "a checkpoint in the wall": ("at = [4.0, 0.0]", "at = [4.0, 3.0]", "outside the walls"),
     "a wider limit": ("[course]", "[gate]\nmax_speed_mps = 99\n[course]", "only tighten"),
 }

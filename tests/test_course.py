@@ -15,6 +15,7 @@ from tether.launch.evaluate import pursuit
 from tether.robot_env import course
 from tether.robot_env.course import Course
 from tether.robot_env.env import RobotEnv
+from tether.robot_env.reset import COLLISION_MPS2, FAIL_PENALTY, Wheeled
 from tether.robot_env.safety import CLAMPS
 from tether.robot_env.task import TaskError, parse
 
@@ -24,7 +25,8 @@ REST = np.zeros(2, np.float32)
 
 
 def make(hindsight: float = 0.0) -> Course:
-    return Course(parse(square("car", hindsight=hindsight), "square"), CHANNELS, COMMAND)
+    spec = parse(square("car", hindsight=hindsight), "square")
+    return Course(spec, CHANNELS, COMMAND, Wheeled(COMMAND, spec.hz))
 
 
 def reading(x=0.0, y=0.0, heading=0.0, v=(0.0, 0.0), up=9.81, shock=0.0, time=0.0) -> Reading:
@@ -114,7 +116,7 @@ def test_a_lap_with_a_collision_is_not_clean_and_the_next_one_is():
     assert [o.events["lap_clean"] for o in outcomes if "lap_time_s" in o.events] == [0.0, 1.0, 1.0]
     bump = next(o for o in outcomes if "collision" in o.events)
     assert bump.terminated and not bump.truncated and bump.reset
-    assert bump.reward < 2.0 - course.FAIL_PENALTY - 4.9  # up to 5 for the force of the hit
+    assert bump.reward < 2.0 - FAIL_PENALTY - 4.9  # up to 5 for the force of the hit
 
 
 def test_driving_backwards_through_checkpoints_is_no_lap():
@@ -175,6 +177,7 @@ def test_a_robot_without_the_channels_is_refused():
             parse(square("car"), "square"),
             tuple(c for c in CHANNELS if c.name != "shock"),
             COMMAND,
+            Wheeled(COMMAND, 10.0),
         )
 
 
@@ -266,7 +269,7 @@ PACES = ((1.0, 0.8), (1.5, 1.0), (2.0, 0.6), (2.5, 1.0), (3.0, 1.2), (3.5, 1.2))
 def test_no_false_trips_in_three_minutes_of_pure_pursuit():
     pytest.importorskip("mujoco")
     shocks = [s for i, (speed, ahead) in enumerate(PACES) for s in pursue(speed, ahead, 30.0, i)]
-    assert max(shocks) < 0.7 * course.COLLISION_MPS2  # and not by a hair
+    assert max(shocks) < 0.7 * COLLISION_MPS2  # and not by a hair
 
 
 @pytest.mark.slow

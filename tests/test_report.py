@@ -17,6 +17,7 @@ from tether.drivers.base import Reading
 from tether.launch import cli, config, report
 from tether.launch.config import RunError
 from tether.robot_env.record import Meta, Record, SegmentWriter, encode
+from tether.robot_env.task import load
 
 HZ = 10.0
 LAP = 80  # frames of one round
@@ -185,6 +186,18 @@ def test_gymnasium_runs_have_curves_but_no_map(tmp_path: Path) -> None:
     data = page_data(tmp_path / "page.html")
     assert data["map"]["walls"] == [] and data["frames"] is None and data["notes"] == []
     assert data["metrics"]["env/episode_return"][-1] == [1000, -200] and data["steps"] >= data["total"]
+
+
+def test_a_walk_has_its_driven_line_and_its_falls_on_open_ground(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "w", load("dog-walk").text, "dog-walk")
+    records = driven()
+    records[39] = record(40, events={"fall": 1.0}, terminated=True)
+    write_stream(run / "steps" / "0123456789abcdef", records)
+    out = tmp_path / "page.html"
+    assert not [line for line in report.write_report(run, out) if "warning" in line]
+    data = page_data(out)
+    assert data["map"] == {"walls": [], "checkpoints": []} and data["marks"] == [[39, "fall", True]]
+    assert frames(data).shape[1] == len(records)
 
 
 def test_two_actors_side_by_side_share_the_axis_of_steps(tmp_path: Path) -> None:

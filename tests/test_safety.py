@@ -6,7 +6,7 @@ import ast
 import copy
 import importlib.util
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from types import ModuleType
 
 import numpy as np
@@ -186,12 +186,29 @@ def limits_are_declared(m):
     for got, want in ((limits.low, LOW), (limits.high, HIGH), (limits.rate, RATE), (limits.safe, SAFE)):
         assert (got == want).all()
     assert limits.reach.tolist() == [2.0, np.inf] and limits.tolerance.tolist() == [1.0, np.inf]
-    assert limits.keeps.tolist() == [False, True] and limits.measured == ("fast", "") and limits.deadman_s == np.inf
+    assert limits.keeps.tolist() == [False, True] and limits.deadman_s == np.inf
+    assert limits.measured == ("fast", "") and limits.place == (0, 0)
     with pytest.raises(FrozenInstanceError):
         limits.low = HIGH
     bare = m.Limits.of((), Command(("v",), ("m/s",), (-1.0,), (1.0,), (-1.0,), (1.0,), (5.0,), (0.0,)), {})
     assert (bare.reach == np.inf).all() and (bare.tolerance == np.inf).all() and bare.measured == ("",)
     assert bare.keeps.tolist() == [False] and bare.max_age_s == {}
+
+
+def what_measures_a_value_may_be_one_number_of_a_channel(m):
+    limits = m.Limits.of(CHANNELS, replace(COMMAND, measured=("slow[1]", "slow")), {})
+    assert limits.measured == ("slow", "slow") and limits.place == (1, 0)
+    for bad in ("none", "none[0]", "slow[2]", "fast[1]", "slow[-1]", "slow[x]", "slow[1", "[0]"):
+        with pytest.raises(m.SafetyError, match="no channel has"):
+            m.Limits.of(CHANNELS, replace(COMMAND, measured=(bad, "")), {})
+    free = replace(COMMAND, rate=(np.inf, np.inf), reach=(2.0, 0.1), measured=("slow[1]", "slow[0]"))
+    gate = m.Gate(free, m.Limits.of(CHANNELS, free, {}))
+    for k in range(14):
+        reading = Reading(
+            {"fast": np.array([9.0]), "slow": np.array([0.01 * k, 1.0])}, {"fast": 0.1 * k, "slow": 0.1 * k}
+        )
+        out, state, _ = gate.step(0.1 * k, reading, None if k < 13 else wish(4.5, 0.4), ("arm",))
+    assert state == m.RUN and out == pytest.approx([3.0, 0.23])  # 2.0 from slow[1], 0.1 from slow[0]
 
 
 def a_task_only_tightens(m):
@@ -486,7 +503,8 @@ def what_was_given_out_is_a_copy(m):
 
 
 ATTACKS = (
-    limits_are_declared, a_task_only_tightens, it_arms_when_every_channel_was_well_for_a_second,
+    limits_are_declared, what_measures_a_value_may_be_one_number_of_a_channel, a_task_only_tightens,
+    it_arms_when_every_channel_was_well_for_a_second,
     boxes_and_rates_are_per_second, a_command_stays_near_what_is_measured, tightened_limits_bind, bad_wishes_hold,
     three_wishes_in_a_row_that_are_not_finite_stop, a_hold_that_does_not_end_stops, too_many_holds_stop,
     stale_is_counted_in_the_channels_own_periods, a_noisy_channel_that_repeats_is_stuck,

@@ -57,7 +57,7 @@ WRONG = {  # what is replaced, with what, and what the error names
     "too fast": ("hz = 10", "hz = 1e9", "task.hz must be a number from 0.1 to 1000, not 1000000000.0"),
     "a share over one": ("hindsight = 0.5", "hindsight = 2", "task.hindsight must be a number from 0 to 1, not 2"),
     "a number for a truth": ("loop = true", "loop = 1", "course.loop must be true or false"),
-    "an unknown kind": ('kind = "course"', 'kind = "fly"', "task.kind must be one of course, not 'fly'"),
+    "an unknown kind": ('kind = "course"', 'kind = "fly"', "task.kind must be one of course, walk, not 'fly'"),
     "a module path": ('robot = "car"', 'robot = "os:system"', "in the catalog, not a module path"),
     "a dotted path": ('robot = "car"', 'robot = "my.robot"', "in the catalog, not a module path"),
     "a number for a name": ('robot = "car"', "robot = 3", "task.robot must be the name of a robot .* not 3"),
@@ -94,7 +94,7 @@ def test_a_gate_may_only_tighten(old, new, says):
 
 
 def test_an_unknown_robot_names_those_there_are():
-    with pytest.raises(TaskError, match="square: unknown robot 'cra'; this installation has car, fake"):
+    with pytest.raises(TaskError, match="square: unknown robot 'cra'; this installation has car, quadruped, fake"):
         catalog.make_task(parse(GOOD.replace('"car"', '"cra"'), "square"))
 
 
@@ -128,4 +128,4 @@ def test_any_text_is_a_task_or_a_task_error(text):
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_tasks_can_be_made(name):
     made = catalog.make_task(load(name))
-    assert made.walls() and made.observation_size > 0
+    assert bool(made.walls()) == bool(made.spec.course.centerline) and made.observation_size > 0

@@ -72,9 +72,14 @@ class Wanted:
         return self.algo.removeprefix("sbx:") if self.algo.startswith("sbx:") else ""
 
     @property
-    def course(self) -> bool:
-        """Whether it is a course of tether's, where laps count."""
+    def ours(self) -> bool:
+        """Whether it is a task of tether's."""
         return self.env in shipped()
+
+    @property
+    def course(self) -> bool:
+        """Whether it is a car's course, where laps count and there is a demonstration."""
+        return self.ours and catalog.family(catalog.load_spec(self.env)) == "course"
 
     @property
     def label(self) -> str:
@@ -187,7 +192,7 @@ def training(wanted: Wanted, run: Path, lap: Path | None, resume: bool) -> list[
     counts = ["--seed", str(wanted.seed), "--steps", str(wanted.steps)]
     if wanted.peer:
         return [*PEER, "train", wanted.env, wanted.peer, str(run), *counts]
-    task = wanted.env if wanted.course else f"gym:{wanted.env}"
+    task = wanted.env if wanted.ours else f"gym:{wanted.env}"
     if resume:
         return [*TETHER, "run", task, "--resume", "--out", str(run), "--steps", str(wanted.steps)]
     sets = [x for setting in (f"agent.algorithm={wanted.algo}", *wanted.settings) for x in ("--set", setting)]
