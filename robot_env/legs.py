@@ -8,6 +8,7 @@ from collections.abc import Collection
 import numpy as np
 
 from ..drivers.base import Command, Reading
+from .stand_up import StandUp
 from .task import Recovery
 from .track import Line
 
@@ -63,8 +64,6 @@ class Legged:
 
     def recover(self, trouble: Collection[str], line: Line | None, width_m: float) -> Recovery:
         """Get up from whatever pose."""
-        from .stand_up import StandUp
-
         return StandUp(self._command, self._hz)
 
 
