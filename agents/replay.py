@@ -144,8 +144,7 @@ class Replay:
             if value.shape != part.shape:
                 raise ReplayError(f"{name} has shape {value.shape}, this buffer takes {part.shape}")
             part[:] = value
-        # finite squares have finite terms; where a large one overflows, the slower look decides
-        if not math.isfinite(self._row.dot(self._row)) and not np.isfinite(self._row).all():
+        if not np.isfinite(self._row).all():
             name = next(name for name, part in self._parts.items() if not np.isfinite(part).all())
             raise ReplayError(f"{name} {self._parts[name]} is not finite")
         if not math.isfinite(step.reward):
