@@ -3,8 +3,8 @@ and the run's folder, which says so.
 
 Order, the later wins: `full` (as published), then each preset named by the user; within a preset its tables
 `[agent] [learner] [actor]`, then `[family.<kind of task>...]`; last `--set section.key=value`. What `[agent]`
-takes is what the algorithm's own `Config` takes. A preset's `[agent]` is for the algorithm it names (or the one
-before it named); of its families' tables every algorithm takes what it knows.
+takes is what the algorithm's own `Config` takes. An `[agent]` table is for the algorithm it names, a preset's else
+for the one named before; of a family's that names none every algorithm takes what it knows.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def load(preset: str = "cpu", family: str = "course", overrides: Iterable[str] =
         table = _toml(path)
         families = table.pop("family", {})
         _known(families, FAMILIES, f"{path}: family.")
-        named = table.get("agent", {})
-        algorithm = named.get("algorithm", algorithm) if isinstance(named, dict) else algorithm
-        layers += [Layer(str(path), table, algorithm), Layer(str(path), families.get(family, {}), algorithm, True)]
+        algorithm = _named(table) or algorithm
+        own = families.get(family, {})
+        layers += [Layer(str(path), table, algorithm), Layer(str(path), own, _named(own) or algorithm, not _named(own))]
     layers += [Layer("--set", _override(text)) for text in overrides]
     return _merge(preset, family, layers)
 
@@ -125,7 +125,7 @@ class Layer(NamedTuple):
     source: str
     table: dict[str, Any]
     algorithm: str = ""  # that its [agent] was written for, where it was
-    family: bool = False
+    others_too: bool = False  # as far as they know what it sets
 
 
 def _merge(preset: str, family: str, layers: list[Layer]) -> Config:
@@ -141,10 +141,10 @@ def _merge(preset: str, family: str, layers: list[Layer]) -> Config:
     for section, schema in schemas.items():
         kinds = get_type_hints(schema)
         merged: dict[str, Any] = {}
-        for source, table, written_for, of_family in layers:
+        for source, table, written_for, others_too in layers:
             values = table.get(section, {})
             if section == "agent" and written_for not in ("", algorithm):
-                values = {k: v for k, v in values.items() if of_family and k in kinds}
+                values = {k: v for k, v in values.items() if others_too and k in kinds}
             _known(values, kinds, f"{source}: {section}.")
             merged |= {k: _typed(v, kinds[k], f"{source}: {section}.{k}") for k, v in values.items()}
         try:
@@ -152,6 +152,12 @@ def _merge(preset: str, family: str, layers: list[Layer]) -> Config:
         except ValueError as error:
             raise ConfigError(f"[{section}] {error}") from None
     return Config(preset, family, algorithm, asdict(built["agent"]), built["learner"], built["actor"])
+
+
+def _named(table: Any) -> str:
+    """The algorithm that a table's [agent] names, or ""."""
+    agent = table.get("agent", {}) if isinstance(table, dict) else {}
+    return str(agent.get("algorithm", "")) if isinstance(agent, dict) else ""
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -137,13 +137,15 @@ class Learner:
         """Take what has come, train on it, let the actors go on."""
         settings = self.job.config.learner
         streams = self.link.status()
+        often = max(1, settings.max_lead // 4)  # steps: an actor with most of its lead left need not hear of each
         for stream, record in self.link.poll(POLL_S, TAKEN):
             # those that were allowed to go so far are not behind
             behind = self.link.waiting > MAX_BEHIND + settings.max_lead * len(streams)
             before = self.trainer.updates
             metrics = self.trainer.push(stream, record, self.trainer.steps < settings.steps and not behind)
-            if self.trainer.updates > before:  # which took its time
-                self.link.set_run_until({stream: self.trainer.stream_steps(stream) + settings.max_lead})
+            steps = self.trainer.stream_steps(stream)
+            if self.trainer.updates > before and steps % often == 0:  # which took its time
+                self.link.set_run_until({stream: steps + settings.max_lead})
             if metrics:
                 self.log.write(self.trainer.steps, metrics)
             if metrics.get("env/lap_clean") and not self._first_lap:

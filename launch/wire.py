@@ -13,6 +13,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgpack
@@ -149,8 +150,16 @@ class Weights(NamedTuple):
 
     def chunk(self, offset: int) -> list[bytes]:
         """The WEIGHTS that begins at `offset`."""
-        return encode("WEIGHTS", self.data[offset : offset + CHUNK], version=self.version, offset=offset,
-                      nbytes=len(self.data), layout=self.layout, sha256=self.sha256)
+        return _chunk(self, offset)
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)  # not of all the data
+
+
+@lru_cache(8)  # many actors ask for the same ones
+def _chunk(weights: Weights, offset: int) -> list[bytes]:
+    return encode("WEIGHTS", weights.data[offset : offset + CHUNK], version=weights.version, offset=offset,
+                  nbytes=len(weights.data), layout=weights.layout, sha256=weights.sha256)
 
 
 NO_WEIGHTS = Weights(0, b"", "0" * 64, "0" * 64, math.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +69,12 @@ class Course:
 
     def observe(self, progress: Progress, reading: Reading, action: np.ndarray) -> np.ndarray:
         """Channels; checkpoint in the body frame (unit x, unit y, distance); the way ahead; previous action."""
-        x, y, c, s = (float(v) for v in reading.values["pose"])
+        x, y, c, s = reading.values["pose"].tolist()
         along, _ = self.line.project((x, y))
         ahead = self.line.at(along + np.asarray(PREVIEW_M)) - (x, y)
         ahead = ahead @ np.array([[c, -s], [s, c]]) / PREVIEW_SCALE_M
         goal = self._to_goal(progress, reading)
-        parts = [self._observer(reading), goal, ahead.ravel(), np.clip(action, -1, 1)]
+        parts = (self._observer(reading), goal, ahead.ravel(), np.minimum(np.maximum(action, -1.0), 1.0))
         return np.concatenate(parts).astype(np.float32)
 
     def advance(self, progress: Progress, action: np.ndarray, reading: Reading) -> Outcome:
@@ -128,8 +129,13 @@ class Course:
         raw = obs[:, : self._observer.size] * self._observer.scale
         return raw[:, self._observer.places["pose"]], raw[:, self._observer.places["velocity"]]
 
-    def _to_goal(self, progress: Progress, reading: Reading) -> np.ndarray:
-        return _relative(reading.values["pose"][None].astype(np.float64), self._goals[progress.goal])[0]
+    def _to_goal(self, progress: Progress, reading: Reading) -> tuple[float, float, float]:
+        """`_relative` of one pose; on so few numbers NumPy takes ten times as long."""
+        x, y, c, s = reading.values["pose"].tolist()
+        to_x, to_y = (self._goals[progress.goal] - (x, y)).tolist()
+        distance = math.hypot(to_x, to_y)
+        scale = 1.0 / max(distance * math.hypot(c, s), 1e-6)
+        return (c * to_x + s * to_y) * scale, (c * to_y - s * to_x) * scale, distance / GOAL_SCALE_M
 
     def _reach(self, progress: Progress, reading: Reading, events: dict[str, float]) -> None:
         if progress.goal == 0:

@@ -48,6 +48,7 @@ _MAGIC = b"TTHR"
 _HEAD = struct.Struct("<4sB8sQII")
 _CRC_AT = _HEAD.size - 4
 _META, _RECORD = 0, 1
+_TYPES = [int, float, float, int, int, int]  # of seq, time, reward, flags, source and version
 LIMITS: dict[str, Any] = {
     "max_str_len": MAX_TEXT, "max_bin_len": MAX_PAYLOAD, "max_array_len": MAX_ITEMS,
     "max_map_len": MAX_ITEMS, "max_ext_len": 0, "strict_map_key": True, "raw": False,
@@ -175,8 +176,9 @@ def decode(payload: bytes) -> Record:
             raise ValueError(f"{len(payload)} bytes, at most {MAX_PAYLOAD} fit")
         row = msgpack.unpackb(payload, **LIMITS)
         seq, time, reward, flags, source, version, action, channels, events = row
-        plain = (seq, version, flags, source, time, reward, events)
-        if not _fit("count count count count number number numbers", plain) or seq < 1 or flags > 3:
+        in_bounds = [*map(type, row[:6])] == _TYPES and 1 <= seq < MAX_INT and 0 <= version < MAX_INT
+        in_bounds = in_bounds and 0 <= flags <= 3 and 0 <= source and math.isfinite(time) and math.isfinite(reward)
+        if not (in_bounds and KINDS["numbers"](events)):
             raise ValueError("a field of the wrong type, out of bounds or not finite")
         reading = Reading({}, {})
         for name, (stamp, values) in channels.items():
@@ -184,7 +186,7 @@ def decode(payload: bytes) -> Record:
                 raise ValueError("a channel of the wrong type")
             reading.values[name], reading.stamps[name] = _floats(values), stamp
         executed = None if action is None else _floats(action)
-        if executed is not None and not (0 < len(executed) <= MAX_ITEMS and np.isfinite(executed).all()):
+        if executed is not None and not (0 < len(executed) <= MAX_ITEMS and all(map(math.isfinite, executed.tolist()))):
             raise ValueError("an action that is empty, too long or not finite")
         ended = bool(flags & 1), bool(flags & 2)
         return Record(seq, time, reading, executed, reward, *ended, SOURCES[source], version, events)

@@ -44,7 +44,7 @@ class Fold:
     def __init__(self, task: Task, relabel: bool = False) -> None:
         self._task, self._relabel = task, relabel
         self._progress: Any = None
-        self._action = task.rest
+        self._action, self._boxed = task.rest, _boxed(task.rest)  # executed before, and that within [-1, 1]
         self._pending: Sample | None = None
         self._part = 0
         self._last: Record | None = None  # the record before
@@ -56,17 +56,17 @@ class Fold:
         lost = last is not None and last.seq != record.seq - 1
         out = self.close() if lost else []
         if lost:  # what was done, and with it what came of it, is not known: begin anew
-            self._part, self._progress, self._action = self._part + 1, None, self._task.rest
+            self._part, self._progress = self._part + 1, None
+            self._action, self._boxed = self._task.rest, _boxed(self._task.rest)
         if self._progress is None:
             self._progress = self._task.begin(record.reading)
         elif last is not None and last.action is not None:  # time has passed
             outcome = self._task.advance(self._progress, self._action, record.reading)
-        before = _boxed(self._action)
+        before, action = self._boxed, None
         obs = self._task.observe(self._progress, record.reading, self._action)
-        action = None
         if record.action is not None:
             self._action = record.action
-            action = _boxed(record.action)
+            self._boxed = action = _boxed(record.action)
         vetoed = any(name.startswith("gate_") and name[5:] not in CLAMPS for name in record.events)
         judged = action is not None and not lost and not vetoed and record.source in TRAINED_SOURCES
         train = judged and bool(np.abs(self._action).max() <= 1.0 + BOX_TOLERANCE)

@@ -47,11 +47,14 @@ class Line:
         self.points = self.corners[:-1] if loop else self.corners
         self.along = np.append(0.0, np.cumsum(np.hypot(*np.diff(self.corners, axis=0).T)))  # m, at the corners
         self.length = float(self.along[-1])  # m, with the closing segment of a loop
+        # x + iy, so that both take one operation: every step asks for places on the line
+        self._places = self.corners @ (1, 1j)
+        self._vectors, self._lengths = np.diff(self._places), np.diff(self.along)
 
     def at(self, s: float | np.ndarray) -> np.ndarray:
         """(..., 2) point at `s` m along; a loop wraps round, an open line stops at its ends."""
         s = np.mod(s, self.length) if self.loop else s
-        return np.stack([np.interp(s, self.along, xy) for xy in self.corners.T], axis=-1)
+        return np.asarray(np.interp(s, self.along, self._places))[..., None].view(np.float64)
 
     def heading(self, s: float | np.ndarray) -> np.ndarray:
         """(...) rad, direction of travel at `s` m: the chord from HEADING_M behind to HEADING_M ahead."""
@@ -70,14 +73,15 @@ class Line:
         With `near`, m along, what lies more than NEAR_M along from there counts as further away, by half of the
         difference.
         """
-        to, vectors, lengths = point - self.corners[:-1], np.diff(self.corners, axis=0), np.diff(self.along)
-        t = ((to * vectors).sum(1) / lengths**2).clip(0.0, 1.0)
-        off = np.hypot(*(to - t[:, None] * vectors).T)
-        s = self.along[:-1] + t * lengths
-        apart = np.zeros_like(s) if near is None else self.apart(s, near)
-        i = int((off + np.maximum(apart - NEAR_M, 0.0) / 2).argmin())
-        left = vectors[i, 0] * to[i, 1] - vectors[i, 1] * to[i, 0]
-        return float(s[i] % self.length if self.loop else s[i]), math.copysign(off[i], left)
+        to = complex(*point) - self._places[:-1]
+        across = to * self._vectors.conj()  # real: along a segment, imaginary: to the left of it
+        t = np.minimum(np.maximum(across.real / self._lengths**2, 0.0), 1.0)
+        off = counted = np.abs(to - t * self._vectors)
+        s = self.along[:-1] + t * self._lengths
+        if near is not None:
+            counted = off + np.maximum(self.apart(s, near) - NEAR_M, 0.0) / 2
+        i = int(counted.argmin())
+        return float(s[i] % self.length if self.loop else s[i]), math.copysign(off[i], across.imag[i])
 
 
 def read_csv(path: Path, length_m: float | None = None, width_m: float | None = None) -> tuple[np.ndarray, float]:

@@ -173,6 +173,15 @@ def test_an_algorithm_keeps_its_own_numbers_whatever_preset():
     assert driving.agent["max_delta"] == 0.2 and driving.agent["hidden"] == own.hidden
 
 
+def test_a_familys_table_that_names_an_algorithm_is_for_that_one(tmp_path):
+    (tmp_path / "mine.toml").write_text('[family.gym.agent]\nalgorithm = "xqc"\ngamma = 0.9\natoms = 51\n')
+    found = config.load(f"cpu,{tmp_path}/mine.toml", "gym")
+    assert (found.algorithm, found.agent["atoms"], found.agent["gamma"]) == ("xqc", 51, 0.9)
+    other = config.load(f"cpu,{tmp_path}/mine.toml", "gym", ["agent.algorithm=rlpd"])
+    assert other.agent["gamma"] == 0.99 and other.agent["hidden"] == (128, 128)
+    assert config.load(f"cpu,{tmp_path}/mine.toml", "course").algorithm == "rlpd"
+
+
 def test_a_preset_that_names_an_algorithm_is_for_that_one(tmp_path):
     (tmp_path / "mine.toml").write_text('[agent]\nalgorithm = "xqc"\natoms = 51\n[family.gym.agent]\ngamma = 0.9\n')
     found = config.load(f"cpu,{tmp_path}/mine.toml", "gym")

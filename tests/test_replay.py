@@ -532,6 +532,15 @@ def test_a_step_that_does_not_fit_is_refused_and_changes_nothing(change, message
     assert set(replay.sample(np.random.default_rng(0), 50)["obs"][:, 0]) == {0, 1}
 
 
+def test_large_numbers_are_finite_too():
+    replay = Replay(3, 3, 2)
+    large = step(0)
+    large.obs = np.float32([1e30, -1e30, 0])  # their squares are not
+    replay.add("a", large)
+    replay.add("a", step(1))
+    np.testing.assert_array_equal(replay.sample(np.random.default_rng(0), 1)["obs"], [large.obs])
+
+
 def test_batches_that_cannot_be_cut_are_refused():
     a = {"obs": np.zeros((4, 3)), "reward": np.zeros(4)}
     with pytest.raises(ValueError):

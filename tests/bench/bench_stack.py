@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ EPISODE = 1000  # steps
 SAC = ["agent.ensemble=2", "agent.subset=2", "agent.utd=20", "agent.batch=256", "agent.hidden=[256,256]",
        "learner.publish_every=1", "learner.max_lead=20"]  # fmt: skip
 ACTORS = 16
+STOPPED_S = 0.5  # a load that is so late was stopped
 
 
 class Stand(gymnasium.Env):
@@ -66,8 +68,9 @@ def stream(address: str, task: str, actors: int, hz: float, steps: int) -> None:
         seq += 1
         made += 1
         for i, link in enumerate(links):
-            due = start + (made + i / actors) / hz if hz else 0.0  # not all at once
-            time.sleep(max(due - time.monotonic(), 0.0))
+            early = start + (made + i / actors) / hz - time.monotonic() if hz else 0.0  # not all at once
+            time.sleep(max(early, 0.0))
+            start += -early if early < -STOPPED_S else 0.0  # it is not made up for
             if not hz and not link.wait_run_until(made, 1.0) and link.stopped:
                 break
             values = {c.name: rng.standard_normal(c.size).astype(np.float32) for c in channels}
@@ -188,6 +191,7 @@ def actors(seconds: float = 30.0) -> dict[str, Any]:
 
 def pinned(seconds: float) -> dict[str, Any]:
     """What `actors` runs. Weights every 400 of the 800 steps a second, twice a second to each actor."""
+    from tether.launch.pump import GATHER_S
     from tether.robot_env.record import read_streams
 
     os.sched_setaffinity(0, {0})
@@ -206,7 +210,10 @@ def pinned(seconds: float) -> dict[str, Any]:
             steps, updates, end, chunks = trainer.steps, trainer.updates, time.monotonic() + seconds, []
             while (now := time.monotonic()) < end:
                 cpu, wall = bench.until(lambda until=now + 3.0: time.monotonic() > until), time.monotonic() - now
-                chunks.append((cpu, bench.bare(5)))  # what arrives meanwhile waits
+                load.send_signal(signal.SIGSTOP)  # else the bare update would pay for what arrives
+                time.sleep(2 * GATHER_S)  # what is under way is taken
+                chunks.append((cpu, bench.bare(5)))
+                load.send_signal(signal.SIGCONT)
                 end += time.monotonic() - now - wall
             utd = (trainer.updates - updates) / (trainer.steps - steps)
             while load.poll() is None:

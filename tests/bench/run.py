@@ -1,4 +1,5 @@
-"""Everything that is measured, in one go: the update, the twin, the policy, the link. Prints tables, then the JSON.
+"""Everything that is measured, in one go: the update, the twin, the policy, the link, the whole learner. Prints
+tables, then the JSON.
 
     make bench
 """
@@ -24,6 +25,7 @@ from tether.robot_env.env import RobotEnv
 from tether.robot_env.record import Record, encode
 
 from tests.bench.bench_replay import replay
+from tests.bench.bench_stack import actors, first, stack
 
 HERE = Path(__file__).parent
 REPEATS = 5
@@ -147,7 +149,7 @@ def main() -> None:
     subprocess.run([sys.executable, str(HERE / "bench_update.py"), "--out", str(update)], check=True)
     results: dict[str, Any] = {"update": json.loads(update.read_text())}
     update.unlink()
-    for bench in (replay, twin, policy, link, cost):
+    for bench in (replay, twin, policy, link, cost, stack, actors, first):
         results[bench.__name__] = bench()
         print(f"{bench.__name__}: {results[bench.__name__]}")
     out = Path("bench.json")
