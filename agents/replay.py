@@ -271,6 +271,11 @@ class _Pool:
             moved = self._slots[self.count]
             self._slots[place], self._place[moved] = moved, place
 
+    @property
+    def newest(self) -> int:
+        """The slot that was put in last, unless one was taken out since: that one is replaced by it."""
+        return int(self._slots[self.count - 1])
+
     def draw(self, rng: np.random.Generator, shape: int | tuple[int, int]) -> np.ndarray:
         """Slots drawn uniformly, with replacement."""
         if not self.count:
@@ -285,13 +290,16 @@ class Strata:
     process costs more than all that is written into it.
     """
 
-    def __init__(self, online: Replay, prior: Replay, utd: int, size: int, future: bool = False) -> None:
+    def __init__(
+        self, online: Replay, prior: Replay, utd: int, size: int, future: bool = False, newest_first: bool = False
+    ) -> None:
         self._online, self._prior, self._utd, self._size = online, prior, utd, size
+        self._newest_first = newest_first
         self._rooms = [online._empty(utd * size, future) for _ in range(2)]
 
     def draw(self, rng: np.random.Generator, share: float) -> Batch:
         """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior;
-        with `future` as from `Replay.sample_future`.
+        with `future` as from `Replay.sample_future`, with `newest_first` each begins with the newest online step.
 
         Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
         them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
@@ -313,7 +321,10 @@ class Strata:
         ):
             if count:
                 part = {name: values[:, at : at + count] for name, values in batches.items()}
-                replay._fill(part, pool.draw(rng, (self._utd, count)), rng)
+                slots = pool.draw(rng, (self._utd, count))
+                if self._newest_first and at == 0:
+                    slots[:, 0] = pool.newest
+                replay._fill(part, slots, rng)
                 at += count
         return dict(self._rooms[0])
 

@@ -37,6 +37,8 @@ class Config(sac.Config):
         super().__post_init__()
         if not 1 <= self.subset <= self.ensemble:
             raise ValueError(f"subset = {self.subset}: must lie in 1 ... ensemble = {self.ensemble}")
+        if self.native and self.bound_start is not None:
+            raise ValueError("native = True: there is no native update within a bound; leave one of the two out")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: must lie in [0, 1)")
 
@@ -100,6 +102,5 @@ def _value(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, ke
     return _q(cfg, critic, obs, action, key).mean(0)
 
 
-init, act, update, held_out, frozen, policy_params, policy_spec = sac.agent(
-    sac.Critic(_make, _fit, _value, lambda cfg: _fit_all if cfg.native else None)
-)
+CRITIC = sac.Critic(_make, _fit, _value, lambda cfg: _fit_all if cfg.native else None)
+init, act, update, held_out, frozen, policy_params, policy_spec = sac.agent(CRITIC)

@@ -25,6 +25,7 @@ import optax
 from flax.traverse_util import flatten_dict
 from jax import lax
 
+from . import bound
 from .networks import BATCH_EPSILON, Actor, into, tanh_normal, unit_kernels, window
 
 AVERAGED = 500.0  # actor updates: time constant of the mean of past actors that is frozen
@@ -53,6 +54,11 @@ class Config:
     utd: int = 20  # critic updates per step
     actor_every: int | None = None  # critic updates to one of actor and temperature; None: as many as a step has
     max_delta: float | None = None  # largest change of an action per step
+    bound_start: float | None = None  # beyond this an action costs (see `bound`); None: there is no such bound
+    bound_end: float = 0.6  # and beyond this after so many steps without a surprise
+    bound_steps: int = 30_000
+    bound_weight: float = 12.0  # what it costs
+    surprise: float = 1.5  # error of the model of the world over its usual error, above which the bound falls
 
     def __post_init__(self) -> None:
         check(self, {
@@ -61,6 +67,10 @@ class Config:
                 f"must divide utd = {self.utd}, or be a multiple of it",
             ),
             "init_temperature": (self.init_temperature > 0, "must be above 0"),
+            "bound_start": (self.bound_start is None or 0 < self.bound_start <= 1, "must lie in (0, 1] or be None"),
+            "bound_end": ((self.bound_start or 0) <= self.bound_end <= 1, "must lie between bound_start and 1"),
+            "bound_steps": (self.bound_steps >= 1, "must be at least 1"),
+            "surprise": (self.surprise > 1, "must be above 1"),
         })  # fmt: skip
 
     @property
@@ -179,6 +189,14 @@ def update(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple[S
     next_prev_action, return_max. `state` is consumed. Metrics are scalars on the device; losses of the critics are
     means over the mini-batches.
     """
+    state, metrics = _in_turn(critic, cfg, state, batches)
+    if cfg.bound_start is not None:
+        metrics["action_bound"] = state.critic["stats"]["bound"]["now"]
+    return state, metrics
+
+
+def _in_turn(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, jax.Array]]:
+    """The updates of critics and actor, as often as each is due."""
     period = cfg.period
     if period >= cfg.utd:
         state, metrics = _critics(critic, cfg, state, batches)
@@ -312,6 +330,7 @@ def _descend(tx: optax.GradientTransformation, grads: Any, opt: optax.OptState, 
 def agent(critic: Critic) -> tuple[Callable[..., Any], ...]:
     """The functions of an algorithm with this critic: init, act, update, held_out, frozen, policy_params,
     policy_spec."""
+    critic = bound.soft(critic)
 
     @partial(jax.jit, static_argnames=("cfg", "obs_size", "action_size"))
     def made(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> State:

@@ -111,7 +111,7 @@ class Pilot:
     ) -> None:
         self._env, self._link, self._stopped, self._lockstep = env, link, stopped, lockstep
         self._orders, self._spec, self._kept = orders, orders["policy"], kept
-        self._random_steps = int(orders["random_steps"])
+        self._random_steps, self._random_bound = int(orders["random_steps"]), float(orders.get("random_bound", 1.0))
         self._rng = np.random.default_rng(seed)
         self._policy: Policy | None = None
         self._seen: Seen = ()
@@ -141,7 +141,7 @@ class Pilot:
         return self._policy is not None
 
     def wish(self, obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
-        """(a,) action with exploration; None to end. At random: uniform in what the action-rate limit leaves."""
+        """(a,) action with exploration; None to end. At random: uniform in what bound and action-rate limit leave."""
         self.refresh()
         self._seen = (*self._seen[1 - PROBED :], (obs, prev_action))  # as a whole: another thread reads it
         if self._stopped():
@@ -149,7 +149,8 @@ class Pilot:
         if self._policy is not None and self.steps >= self._random_steps:
             return self._policy.act(obs, prev_action, self._rng)
         before, delta = np.clip(prev_action, -1.0, 1.0), self._spec.get("max_delta") or 2.0
-        low, high = np.maximum(before - delta, -1.0), np.minimum(before + delta, 1.0)
+        ends = -self._random_bound, self._random_bound
+        low, high = (np.clip(end, before - delta, before + delta) for end in ends)
         return self._rng.uniform(low, high).astype(np.float32)
 
     def _send(self, record: Record) -> None:

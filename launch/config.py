@@ -77,6 +77,7 @@ class Actor:
     """How an actor behaves before it has learned anything."""
 
     random_steps: int = 5_000  # uniformly random actions before the policy drives
+    random_bound: float = 1.0  # and their largest magnitude
     auto_reset: bool = True  # off only to show what practice without it is worth
 
 

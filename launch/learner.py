@@ -106,7 +106,7 @@ class Learner:
         welcome = {
             "task": job.spec.text, "name": job.spec.name, "seed": job.seed, "policy": self.trainer.policy_spec(),
             "random_steps": 0 if len(self.trainer.prior) else max(0, random_steps - self.trainer.steps),
-            "auto_reset": job.config.actor.auto_reset,
+            "random_bound": job.config.actor.random_bound, "auto_reset": job.config.actor.auto_reset,
         }  # fmt: skip
         log.note("compiling the update")
         self.link = LearnerLink(job.bind, catalog.stream_meta(job.spec), welcome, self.journal, expected)

@@ -52,7 +52,8 @@ class Trainer:
             for sample in samples(task, records):
                 self.prior.add((i, sample.part), sample)
         mini_batches = self.agent.utd, self.agent.batch
-        self._strata = Strata(self.replay, self.prior, *mini_batches, future=task.spec.hindsight > 0.0)
+        newest_first = getattr(self.agent, "bound_start", None) is not None  # on which its model is measured
+        self._strata = Strata(self.replay, self.prior, *mini_batches, task.spec.hindsight > 0.0, newest_first)
         # steps before the first update; with prior data updates begin at once
         self.start_steps = 1 if len(self.prior) else config.learner.start_steps
         compute.keep_compiled()

@@ -36,7 +36,7 @@ LIMIT_FILE, LIMIT_FUNCTION, LIMIT_CORE, LIMIT_ALL = 450, 60, 4500, 10_000
 # what carries experience and weights, and keeps them, and what learns: no part of the core
 LINK = {"wire.py", "transport.py", "pump.py", "keys.py", "spool.py", "kept.py", "flight.py", "doctor.py"}
 ROBOTS = {"quadruped.py", "leg_odometry.py", "legs.py", "stand_up.py", "walk.py"}  # of others than the car
-ALGORITHMS = {"networks.py", "sac.py", "rlpd.py", "droq.py", "crossq.py", "xqc.py", "bc.py", "native.py"}
+ALGORITHMS = {"networks.py", "sac.py", "rlpd.py", "droq.py", "bound.py", "crossq.py", "xqc.py", "bc.py", "native.py"}
 
 
 def imports(tree: ast.AST) -> list[tuple[int, str]]:
