@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .frames import FrameRing, ReplayError, take
+
 Batch = dict[str, np.ndarray]
 
 # What sampling needs before it knows which observations: together, so that it is one cache miss. `next`: slot of the
@@ -19,10 +21,6 @@ _LINK = np.dtype(
 )
 _ALIGNMENT = 64  # bytes: what JAX asks for
 _TRIES = 32  # at a later step of the same segment; then the next one is taken
-
-
-class ReplayError(ValueError):
-    """Experience that cannot be stored, or a batch that cannot be made. Says which and why."""
 
 
 class Replay:
@@ -186,15 +184,15 @@ class Replay:
             last = np.where(on, link["next"], last)
         out["reward"][...], out["discount"][...] = reward, discount
         for name in ("obs", "prev_action"):  # the successor mostly lies beside its step, and is still in a cache
-            _take(self._values[name], slots, out[name])
-            _take(self._values[name], last, out[f"next_{name}"])
-        _take(self._values["action"], slots, out["action"])
+            take(self._values[name], slots, out[name])
+            take(self._values[name], last, out[f"next_{name}"])
+        take(self._values["action"], slots, out["action"])
         if self._frames:
             self._frames.fill(out, "obs/", slots)
             self._frames.fill(out, "next_obs/", last)
         if "future_obs" in out:
             future = self._future(slots.ravel(), rng).reshape(slots.shape)
-            _take(self._values["obs"], future, out["future_obs"])
+            take(self._values["obs"], future, out["future_obs"])
 
     def _future(self, slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The slot of a later step of each one's segment."""
@@ -210,44 +208,6 @@ class Replay:
             if not len(left):
                 break
         return out
-
-
-class FrameRing:
-    """The images of a ring of steps, each stored once, in the slot of its step; stacks are rebuilt by index."""
-
-    def __init__(self, capacity: int, images: Mapping[str, tuple[int, ...]], stack: int) -> None:
-        self.shapes = {name: (stack, *shape) for name, shape in images.items()}  # of a step's stacks
-        self._frames = {name: np.zeros((capacity, *shape), np.uint8) for name, shape in images.items()}
-        self._before = np.zeros(capacity, np.int32)  # slot of the frame before; its own where a segment begins
-        self._stack = stack
-
-    def check(self, images: Mapping[str, np.ndarray] | None) -> None:
-        """Raises ReplayError for images this ring does not take."""
-        for name, frames in self._frames.items():
-            image = (images or {}).get(name)
-            found = "no image" if image is None else f"{image.dtype} {image.shape}"
-            if found != f"uint8 {frames.shape[1:]}":
-                raise ReplayError(f"{name} is {found}, this buffer takes uint8 {frames.shape[1:]}")
-
-    def put(self, slot: int, images: Mapping[str, np.ndarray], before: int) -> None:
-        """Store a step's images. `before`: slot of the one before in its segment, or `slot`."""
-        self._before[slot] = before
-        for name, frames in self._frames.items():
-            frames[slot] = images[name]
-
-    def begin(self, slot: int) -> None:
-        """What lay before this slot is gone: its segment begins here."""
-        self._before[slot] = slot
-
-    def fill(self, out: Batch, prefix: str, slots: np.ndarray) -> None:
-        """Write the stacks that end in `slots` into the arrays PREFIX + name: (..., stack, height, width, channels).
-        The first frame of a segment is repeated."""
-        chain = [slots]
-        for _ in range(1, self._stack):
-            chain.append(self._before[chain[-1]])
-        index = np.stack(chain[::-1], axis=-1)
-        for name, frames in self._frames.items():
-            _take(frames, index, out[prefix + name])
 
 
 class _Pool:
@@ -332,15 +292,6 @@ class Strata:
 def minibatches(batch: Batch, utd: int, size: int) -> Batch:
     """(utd * size, ...) rows -> (utd, size, ...), in order. Any other number of rows is a ValueError."""
     return {k: v.reshape(utd, size, *v.shape[1:]) for k, v in batch.items()}
-
-
-def _take(values: np.ndarray, slots: np.ndarray, out: np.ndarray) -> None:
-    """values[slots] into `out`, three times as fast; `mode` because "raise" would copy once more."""
-    if out.flags.c_contiguous:
-        values.take(slots, axis=0, out=out, mode="clip")
-    else:  # some columns of each mini-batch
-        for one, room in zip(slots, out, strict=True):
-            values.take(one, axis=0, out=room, mode="clip")
 
 
 def _aligned(shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:

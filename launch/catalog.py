@@ -16,10 +16,11 @@ from typing import Any
 from ..drivers.base import Channel, Command, DriverError, Twin
 from ..robot_env import gym_env, task
 from ..robot_env.env import RobotEnv
+from ..robot_env.fit import boxed, check_twin
 from ..robot_env.rate import Rate
 from ..robot_env.record import Meta
 from ..robot_env.safety import Gate, Limits, SafetyError
-from ..robot_env.task import Task, TaskError, TaskSpec, boxed
+from ..robot_env.task import Task, TaskError, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -139,24 +140,6 @@ def make_task(spec: TaskSpec) -> Task:
         return gym_env.GymTask(spec, channels, command)  # type: ignore[return-value]
     body = resolve_name(row(spec.robot).body)(command, spec.hz)
     return resolve_name(KINDS[spec.kind])(spec, channels, command, body)
-
-
-def check_twin(spec: TaskSpec, twin: Any) -> None:
-    """Raise TaskError for what the task's `[twin]` wants of its robot's twin and that cannot be."""
-    settings: Mapping[str, tuple[Any, ...]] = getattr(twin, "settings", {})
-    for name, value in spec.twin.items():
-        if name not in settings:
-            has = f"takes {', '.join(settings)}" if settings else "takes none: remove it"
-            raise TaskError(f"{spec.name}: unknown key twin.{name}; the twin of {spec.robot} {has}")
-        first, *others = settings[name]
-        if first == "choices":
-            fits, must = value in others, f"one of {', '.join(others)}"
-        else:
-            ends = value if isinstance(value, list) else [value]
-            fits = all(not isinstance(end, str) and first <= end <= others[0] for end in ends)
-            must = f"a number from {first:g} to {others[0]:g}, or a pair of them"
-        if not fits:
-            raise TaskError(f"{spec.name}: twin.{name} must be {must}, not {value!r:.80}")
 
 
 def failures(spec: TaskSpec, wanted: Sequence[str]) -> list[tuple[str, str, float, float]]:

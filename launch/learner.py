@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..agents.snapshot import SnapshotError
+from ..robot_env.fit import translated
 from ..robot_env.record import Meta, RecordError, SegmentWriter, read_recording, read_streams
-from ..robot_env.sample import translated
 from ..robot_env.task import TaskSpec
 from . import catalog, config
 from .log import Log

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
-from .task import Batch, Body, Observer, Outcome, Recovery, TaskError, TaskSpec, check_channels
+from .fit import check_channels
+from .task import Batch, Body, Observer, Outcome, Recovery, TaskError, TaskSpec
 from .track import STEP_M, Line, resample, walls
 
 GOAL_SCALE_M = 5.0  # divides the distance to the checkpoint in the observation

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..drivers.base import Command
-from .record import Meta, Record
+from .record import Record
 from .safety import CLAMPS
 from .task import Task
 
@@ -95,16 +94,6 @@ def _boxed(action: np.ndarray) -> np.ndarray:
     """Within [-1, 1]; several times as fast as np.clip on a few numbers."""
     return np.minimum(np.maximum(action, _LOW), _HIGH)
 
-
-def translated(meta: Meta, records: list[Record], command: Command) -> list[Record]:
-    """Records whose actions mean what they do with `command`: another task may have given them another box."""
-    ends = [tuple(end) for end in zip(*(row[1:] for row in meta.command), strict=True)]
-    if ends == [command.action_low, command.action_high]:
-        return records
-    theirs = replace(command, action_low=ends[0], action_high=ends[1])
-    return [
-        r if r.action is None else replace(r, action=command.to_action(theirs.to_command(r.action))) for r in records
-    ]
 
 
 def samples(task: Task, records: Iterable[Record]) -> Iterator[Sample]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..drivers.base import Channel, Command, Reading
+from ..drivers.base import Channel, Reading
 from .track import Line, TrackError
 
 if sys.version_info >= (3, 11):
@@ -209,31 +209,6 @@ def parse(text: str, name: str, file: str = "task") -> TaskSpec:
     if spec.course.centerline:
         _check_inside(spec, file)
     return spec
-
-
-def boxed(spec: TaskSpec, command: Command) -> Command:
-    """The robot's command with the action box of the task's `[action]`. Raises TaskError."""
-    if not spec.action:
-        return command
-    ends = {key: tuple(map(float, spec.action[key])) for key in ("low", "high")}
-    for key, values in ends.items():
-        if len(values) != command.size:
-            names = ", ".join(command.names)
-            raise TaskError(f"{spec.name}: action.{key} has {len(values)} values, {spec.robot} takes {names}")
-    for name, *row in zip(command.names, command.low, ends["low"], ends["high"], command.high, strict=True):
-        if not row[0] <= row[1] < row[2] <= row[3]:
-            raise TaskError(
-                f"{spec.name}: action: {name} from {row[1]:g} to {row[2]:g}: must rise, within the robot's own "
-                f"{row[0]:g} to {row[3]:g}"
-            )
-    return replace(command, action_low=ends["low"], action_high=ends["high"])
-
-
-def check_channels(spec: TaskSpec, channels: Sequence[Channel], needs: Sequence[str]) -> None:
-    """Raise TaskError naming what the task needs and the robot does not read."""
-    missing = [name for name in dict.fromkeys(needs) if name not in {c.name for c in channels}]
-    if missing:
-        raise TaskError(f"{spec.name}: robot {spec.robot} has no channel {', '.join(missing)} for a {spec.kind}")
 
 
 def _check_inside(spec: TaskSpec, file: str) -> None:

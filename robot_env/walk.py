@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
+from .fit import check_channels
 from .legs import Tumble, tilt, walking
-from .task import Batch, Body, Observer, Outcome, Recovery, TaskError, TaskSpec, check_channels
+from .task import Batch, Body, Observer, Outcome, Recovery, TaskError, TaskSpec
 
 # APRL's reward (SepRew: rail_walker_gym/joystick_policy/reward_providers.py; weights in systems.md 3.1)
 KP, KD = 20.0, 1.0  # N m/rad, N m s/rad: of the motors' position loop, as on the robot

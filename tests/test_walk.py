@@ -16,7 +16,7 @@ from tether.drivers.car import COMMAND as CAR_COMMAND
 from tether.drivers.quadruped import CHANNELS, COMMAND, NOMINAL
 from tether.launch import catalog, commands, config
 from tether.launch.evaluate import Episodes, Tally, drive
-from tether.robot_env import walk
+from tether.robot_env import fit, walk
 from tether.robot_env.course import Course
 from tether.robot_env.env import RobotEnv
 from tether.robot_env.legs import LIE_S, TUMBLE_S, Legged, Tumble, tilt
@@ -24,7 +24,7 @@ from tether.robot_env.rate import Rate
 from tether.robot_env.record import Meta, Record
 from tether.robot_env.reset import Wheeled
 from tether.robot_env.safety import Gate, Limits
-from tether.robot_env.sample import samples, translated
+from tether.robot_env.sample import samples
 from tether.robot_env.task import TaskError, TaskSpec, load, parse
 from tether.robot_env.walk import Walk
 
@@ -320,10 +320,10 @@ class Takes:
 def test_what_a_twin_is_told_is_checked(said, says):
     spec = parse(f"{WALK}[twin]\n{said}\n", "x")
     if not says:
-        catalog.check_twin(spec, Takes)
+        fit.check_twin(spec, Takes)
         return
     with pytest.raises(TaskError, match=says):
-        catalog.check_twin(spec, Takes)
+        fit.check_twin(spec, Takes)
 
 
 def test_a_twin_without_settings_takes_none():
@@ -559,12 +559,12 @@ def test_recorded_actions_keep_their_meaning_in_another_box():
     meta, command = catalog.stream_meta(narrow), catalog.declaration(wide)[1]
     _, records, _ = walked(Puppet(), WALK, 5)
     records[-2] = replace(records[-2], action=np.linspace(-1, 1, 12, dtype=np.float32))
-    again = translated(meta, records, command)
+    again = fit.translated(meta, records, command)
     assert [r.action is None for r in again] == [r.action is None for r in records]
     for old, new in zip(records, again, strict=True):
         if old.action is not None:
             assert command.to_command(new.action) == pytest.approx(COMMAND.to_command(old.action), abs=1e-5)
-    assert translated(Meta.from_json(meta.to_json()), records, COMMAND) is records
+    assert fit.translated(Meta.from_json(meta.to_json()), records, COMMAND) is records
     with pytest.raises(TaskError, match="dog-run: in dog-walk an action is another command"):
         catalog.check_actions(wide, narrow)
     catalog.check_actions(narrow, load("dog-course"))
