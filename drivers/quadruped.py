@@ -18,7 +18,8 @@ ABDUCTION_M, THIGH_M, CALF_M, FOOT_RADIUS_M = 0.08, 0.213, 0.213, 0.023
 # rad: standing, and the middle of the action box; legged_gym's for these legs at KP 20. They yield by a quarter of a
 # radian under its weight: it stands 0.29 m high. With the hind feet no further back it would sit down on them.
 NOMINAL = (0.0, 0.8, -1.5) * 2 + (0.0, 1.0, -1.5) * 2
-FOLDED = (0.0, 1.3, -2.7) * 4  # rad: lying on its belly with its legs under it
+# rad: lying with its legs under it, the hind feet so far back that it rises level, with 3 kg on its back as well
+FOLDED = (0.0, 1.4, -2.7) * 2 + (0.0, 1.8, -2.7) * 2
 SPREAD = (0.2, 0.4, 0.4) * 4  # rad: half the width of the action box (A Walk in the Park)
 
 # 50 ms of delay from measurement to reading: APRL's, ten of its physics steps

@@ -168,14 +168,15 @@ def test_the_nominal_pose_holds_against_a_push(push):
     assert robot.truth()["upright"] > 0.99 and robot.truth()["height"] > 0.28
 
 
-def test_lies_down_and_stands_up_again():
-    robot = twin()
+@pytest.mark.parametrize("payload_kg, height", [(0.0, 0.28), (3.0, 0.26)])
+def test_lies_down_and_rises_level(payload_kg, height):
+    robot = twin(payload_kg=payload_kg)
     hold(robot, FOLDED, 1.0)
     assert robot.truth()["height"] < 0.12 and robot.truth()["upright"] > 0.99
     for part in np.linspace(0.0, 1.0, 20):
         hold(robot, (1 - part) * np.array(FOLDED) + part * np.array(NOMINAL), 0.05)
     robot.sleep(1.0)
-    assert robot.truth()["height"] > 0.28 and robot.truth()["upright"] > 0.99
+    assert robot.truth()["height"] > height and robot.truth()["upright"] > 0.995
 
 
 def test_a_crude_trot_walks():
@@ -192,7 +193,7 @@ def test_it_can_lie_on_its_back_and_sides(roll):
     assert truth["upright"] < 0.3 and truth["contacts"] == 1.0 and truth["touching"] == 1.0
     assert np.abs(robot.world.data.qvel).max() < 0.5
     assert robot.world.data.qpos[2] > 0.04  # nothing sank in
-    assert robot.read().values["gravity"] == pytest.approx(-robot._rotation()[2], abs=1e-3)
+    assert robot.read().values["gravity"] == pytest.approx(-robot._rotation()[2], abs=0.02)
 
 
 def test_falls_are_counted_once_each():
