@@ -126,12 +126,13 @@ def demo(options: Namespace) -> Said:
     from . import demo as chain
 
     out = Path(options.out) if options.out else new_folder("runs", f"demo-{options.robot}")
-    result = chain.car(out, options.seed, _progress)
-    text = (
-        f"trained in {result['train_s']:.0f} s; lap {result['lap_time_s']} s (demonstration "
-        f"{result['demo_lap_s']} s), {result['clean_laps']} clean laps in a row; bundle {result['bundle']}"
-    )
-    return text, result
+    if options.robot == "quadruped":
+        result = chain.quadruped(out, options.seed, _progress)
+        text = "{speed_mps:.2f} m/s, {falls} falls in {episodes} episodes"
+    else:
+        result = chain.car(out, options.seed, _progress)
+        text = "lap {lap_time_s} s (demonstration {demo_lap_s} s), {clean_laps} clean laps in a row"
+    return ("trained in {train_s:.0f} s; " + text + "; bundle {bundle}").format(**result), result
 
 
 def doctor(options: Namespace) -> Said:

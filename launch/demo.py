@@ -1,4 +1,4 @@
-"""`tether demo`: the whole chain on one machine, from a slow lap to a frozen policy that drives."""
+"""`tether demo`: the whole chain on one machine, from nothing to a frozen policy that drives or walks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ..robot_env.env import RobotEnv
+from ..robot_env.task import TaskSpec
 from . import catalog, config, evaluate, onboard, teach
 from .config import RunError
 from .freeze import freeze
 from .learner import Job
 from .run import train
 
+Say = Callable[[str], None]
 TASK, SPEED_MPS, CHECKPOINTS, STEPS, LAPS = "car-loop", 1.0, 8, 6000, 6
+WALK, WALK_STEPS, WALKS = "dog-walk", 10_000, 3
 
 
-def car(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def car(out: Path, seed: int, say: Say) -> dict[str, Any]:
     """Record a lap, make the course, train, freeze, drive. Returns DESIGN's keys of `demo`."""
     out.mkdir(parents=True, exist_ok=False)
     lap, course, run, frozen = out / "lap", out / "course.toml", out / "run", out / "bundle"
@@ -33,10 +36,7 @@ def car(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
 
     say("3/5 training in the twin")
     spec = catalog.load_spec(str(course))
-    settings = config.load("cpu", spec.kind, [f"learner.steps={STEPS}"])
-    trained = train(Job(spec, settings, run, seed, prior=(str(lap),)), [])
-    if trained["steps"] < STEPS:
-        raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {course} --resume --out {run}`")
+    trained = _trained(spec, str(course), run, seed, STEPS, (str(lap),))
 
     say("4/5 freezing the policy")
     freeze(run, frozen)
@@ -50,3 +50,36 @@ def car(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
         "clean_laps": result["clean_laps"], "laps": result["laps"], "contacts": result["contacts"],
         "lap_times_s": result["lap_time_s"]["all"],
     }  # fmt: skip
+
+
+def quadruped(out: Path, seed: int, say: Say) -> dict[str, Any]:
+    """Learn to walk from nothing, freeze, walk. Returns DESIGN's keys of `demo`."""
+    out.mkdir(parents=True, exist_ok=False)
+    run, frozen, spec = out / "run", out / "bundle", catalog.load_spec(WALK)
+
+    minutes = WALK_STEPS / spec.hz / 60
+    say(f"1/3 learning to walk from nothing: {minutes:.0f} minutes of the twin's time; when it falls it gets up")
+    trained = _trained(spec, WALK, run, seed, WALK_STEPS)
+
+    say("2/3 freezing the policy")
+    freeze(run, frozen)
+
+    say("3/3 walking with the frozen policy")
+    env = catalog.make_env(catalog.make_task(spec), seed=seed + 1000)
+    result = evaluate.drive(env, onboard.load_bundle(frozen).policies["task"].act, episodes=WALKS)
+    say(f"    this is half a training: `tether run {WALK} --resume --out {run} --steps 24000` goes on to its end")
+    return {
+        "train_s": trained["train_s"], "steps": trained["steps"], "run": str(run), "bundle": str(frozen),
+        "episodes": result["episodes"], "speed_mps": result["speed_mps"], "falls": result["falls"],
+    }  # fmt: skip
+
+
+def _trained(
+    spec: TaskSpec, source: str, run: Path, seed: int, steps: int, prior: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Train in the twin with the preset `cpu`. Raises RunError where it is stopped."""
+    settings = config.load("cpu", catalog.family(spec), [f"learner.steps={steps}"])
+    trained = train(Job(spec, settings, run, seed, prior=prior), [])
+    if trained["steps"] < steps:
+        raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {source} --resume --out {run}`")
+    return trained
