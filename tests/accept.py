@@ -190,8 +190,8 @@ def walk(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]
     hands = last(run, "env/interventions")
     passed = result["speed_mps"] >= 0.4 and result["falls"] <= 1 and early > 0.1 and hands == 0
     return {
-        "speed_mps": result["speed_mps"], "falls": result["falls"], "mps_at_6000": round(early, 3), "interventions": hands,
-        "falls_in_training": last(run, "env/falls"), "steps": metrics(run)[-1]["step"],
+        "speed_mps": result["speed_mps"], "falls": result["falls"], "mps_at_6000": round(early, 3),
+        "interventions": hands, "falls_in_training": last(run, "env/falls"), "steps": metrics(run)[-1]["step"],
         "train_s": metrics(run)[-1]["time_s"], "policy_ms": result["policy_ms"], "curve": curve, "passed": passed,
     }  # fmt: skip
 
