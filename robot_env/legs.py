@@ -9,7 +9,6 @@ import numpy as np
 
 from ..drivers.base import Command, Reading
 from .stand_up import StandUp
-from .stand_up import StandUp
 from .task import Recovery
 from .track import Line
 
