@@ -158,8 +158,7 @@ def test_full_deflection_means_the_speed_asked_for(stick):
     send, device = stick
 
     class Env:
-        class robot:
-            command = COMMAND
+        command = COMMAND
 
     drive = by_hand(device, Env, 1.2)
     send(AXIS, Gamepad.SPEED_AXIS, -32767)
