@@ -14,11 +14,13 @@ import numpy as np
 from .quadruped import ABDUCTION_M, CALF_M, FOOT_RADIUS_M, HIP_X_M, HIP_Y_M, LEGS, THIGH_M
 
 GRAVITY_MPS2 = 9.81
-STANCE_N = 10.0  # a foot that carries more than this stands; a leg's share of the weight is 31 N
+# A foot that carries more than this stands. A leg's share of the weight is 31 N, and what foot sensors say of a leg in
+# the air is within a few N: one such false stance is worth the speed at which that leg swings.
+STANCE_N = 15.0
 # Variances of what one sample adds to the velocity by the accelerometer, and of what one leg says of it: only their
 # ratio counts. A Walk in the Park has 0.1 for both, which follows the legs at once, but it is their slips that hurt:
 # these blend over 0.1 s. Over six trots of 20 s in the twin that halves the error (to 0.04 m/s forward), and an
-# accelerometer that is 0.2 m/s^2 off costs 0.02 m/s. A higher STANCE_N misses the end of a step, and drifts more.
+# accelerometer that is 0.2 m/s^2 off costs 0.02 m/s.
 ACCEL_VARIANCE = 5e-5  # (m/s)^2
 LEG_VARIANCE = 0.01  # (m/s)^2
 STILL_VARIANCE = 1.0  # (m/s)^2: of "it does not move", where no leg knows better: it lies, or flies for a moment

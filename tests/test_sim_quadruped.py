@@ -408,6 +408,17 @@ def test_velocity_and_pose_of_the_estimator_follow_the_truth(terrain):
     assert off / way < 0.15
 
 
+def test_kicking_on_its_back_is_no_walking():
+    robot = twin(seed=1)
+    lying(robot, math.pi)
+    fastest, start = 0.0, robot.now()
+    for _ in range(200):
+        robot.write(trot(robot.now() - start))
+        robot.sleep(0.05)
+        fastest = max(fastest, float(np.abs(robot.read().values["velocity"]).max()))
+    assert robot.truth()["upright"] < -0.9 and fastest < 0.3
+
+
 def test_without_a_foot_on_the_ground_the_estimate_fades():
     odometry, rest = LegOdometry(), np.zeros(12)
     still = {"gravity": np.array([0.0, 0.0, -1.0]), "gyro": np.zeros(3), "joint_position": rest}
