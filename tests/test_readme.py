@@ -61,7 +61,7 @@ def test_every_target_of_make_is_there():
 def commands() -> list[list[str]]:
     """The chain of the fenced blocks, then what stands in the text about any Gymnasium environment."""
     chain = [w for w in BLOCKS if w and (w[0] == "python" or (w[0] == "tether" and w[1] not in ELSEWHERE))]
-    return chain + [w for w in INLINE if w[1] == "run" and w[2].startswith("gym:")]
+    return chain + [w for w in INLINE if " ".join(w[1:]).startswith("run gym:")]
 
 
 def test_the_chain_runs_from_a_track_to_a_frozen_policy(tmp_path):
