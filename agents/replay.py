@@ -259,7 +259,7 @@ class Strata:
 
     def draw(self, rng: np.random.Generator, share: float) -> Batch:
         """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior;
-        with `future` as from `Replay.sample_future`, with `newest_first` each begins with the newest online step.
+        with `future` as from `Replay.sample_future`; with `newest_first` the online rows begin with the newest step.
 
         Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
         them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
@@ -282,7 +282,7 @@ class Strata:
             if count:
                 part = {name: values[:, at : at + count] for name, values in batches.items()}
                 slots = pool.draw(rng, (self._utd, count))
-                if self._newest_first and at == 0:
+                if self._newest_first and pool is online._drawable:
                     slots[:, 0] = pool.newest
                 replay._fill(part, slots, rng)
                 at += count

@@ -32,21 +32,18 @@ class RobotRow:
     # more keywords has `settings`: {name: ("choices", ...) or (lowest, highest) of a number, or of a pair to draw from}
     twin: str
     driver: str | None  # () -> Robot; None: no driver yet
-    body: str  # (command, hz) -> robot_env.task.Body
     about: str
+    body: str = "tether.robot_env.reset:Wheeled"  # (command, hz) -> robot_env.task.Body
     family: str = ""  # of the presets, for all its tasks; "": the task's kind
 
 
-WHEELED = "tether.robot_env.reset:Wheeled"
 ROBOTS = {
-    "car": RobotRow(
-        "tether.drivers.car", "tether.sim.car:CarTwin", None, WHEELED, "1/10 RC car, VESC and tracking camera"
-    ),
+    "car": RobotRow("tether.drivers.car", "tether.sim.car:CarTwin", None, "1/10 RC car, VESC and tracking camera"),
     "quadruped": RobotRow(
-        "tether.drivers.quadruped", "tether.sim.quadruped:QuadrupedTwin", None, "tether.robot_env.legs:Legged",
-        "Go1-class quadruped, 12 kg, 12 joints", "walk",
+        "tether.drivers.quadruped", "tether.sim.quadruped:QuadrupedTwin", None, "Go1-class quadruped, 12 kg, 12 joints",
+        "tether.robot_env.legs:Legged", "walk",
     ),
-    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, WHEELED, "a point on a plane, for tests"),
+    "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, "a point on a plane, for tests"),
 }  # fmt: skip
 KINDS = {"course": "tether.robot_env.course:Course", "walk": "tether.robot_env.walk:Walk"}
 ALGORITHMS = {name: f"tether.agents.{name}" for name in ("rlpd", "droq", "crossq", "xqc", "bc")}

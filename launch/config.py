@@ -80,6 +80,10 @@ class Actor:
     random_bound: float = 1.0  # and their largest magnitude
     auto_reset: bool = True  # off only to show what practice without it is worth
 
+    def __post_init__(self) -> None:
+        if not 0 < self.random_bound <= 1:
+            raise ValueError(f"random_bound = {self.random_bound:g}: must lie in (0, 1]")
+
 
 @dataclass(frozen=True)
 class Config:

@@ -95,7 +95,6 @@ def _boxed(action: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(action, _LOW), _HIGH)
 
 
-
 def samples(task: Task, records: Iterable[Record]) -> Iterator[Sample]:
     """The samples of a recording under `task`: reward and termination computed again where it can."""
     fold = Fold(task, relabel=task.relabels)

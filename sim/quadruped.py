@@ -58,15 +58,14 @@ class QuadrupedTwin:
     `terrain`: flat; bumpy, with smooth bumps of up to 2.5 cm; sloped, 5 degrees uphill along x. `friction` and
     `motor` (the strength of all motors) are factors, `payload_kg` is on its back; `weak` is a joint whose motor has
     half its strength. `walls` are not built: a dog steps over what stops a car. Without noise the sensors keep their
-    rates and latencies. With `realtime` simulated time follows the wall clock. Raises ValueError naming what is
-    valid.
+    rates and latencies. With `realtime` simulated time follows the wall clock.
     """
 
     channels: tuple[Channel, ...] = CHANNELS
     command = COMMAND
     # what can fail, and how: a motor that is off gives no torque, not even damping
     failures = {c.name: KINDS for c in CHANNELS} | {joint: ("off",) for joint in JOINTS}
-    # what the keywords may be: one of the choices, or a number or pair between low and high
+    # what the keywords may be: one of the choices, or a number or pair between low and high (`robot_env/fit.py` checks)
     settings: Mapping[str, tuple] = {
         "terrain": ("choices", "flat", "bumpy", "sloped"), "friction": (0.1, 2.0), "payload_kg": (0.0, 10.0),
         "motor": (0.3, 1.5), "weak": ("choices", "none", *JOINTS),
@@ -79,9 +78,8 @@ class QuadrupedTwin:
     ) -> None:  # fmt: skip
         if not noise:
             self.channels = tuple(replace(channel, noisy=False) for channel in CHANNELS)
-        chosen = {"terrain": terrain, "friction": friction, "payload_kg": payload_kg, "motor": motor, "weak": weak}
-        _check(chosen, self.settings)
-        self._ranges = {name: np.broadcast_to(np.asarray(chosen[name], float), 2) for name in _NUMBERS}
+        drawn = {"friction": friction, "payload_kg": payload_kg, "motor": motor}
+        self._ranges = {name: np.broadcast_to(np.asarray(value, float), 2) for name, value in drawn.items()}
         self._draws, self._noises = np.random.default_rng([seed, 0]).spawn(2)
         self._terrain, self._bumps = terrain, bumps(seed) if terrain == "bumpy" else np.zeros((2, 2))
         self._accel_noise = noise * ACCEL_NOISE
@@ -182,7 +180,7 @@ class QuadrupedTwin:
 
     def _randomise(self) -> None:
         model = self.world.model
-        friction, payload, motor = (float(self._draws.uniform(*self._ranges[name])) for name in _NUMBERS)
+        friction, payload, motor = (float(self._draws.uniform(*self._ranges[name])) for name in self._ranges)
         model.geom_friction[:, 0] = friction * self._friction
         share = payload / _PAYLOAD_KG
         model.body_mass[self._payload] = share * _PAYLOAD_KG
@@ -288,7 +286,6 @@ class QuadrupedTwin:
 
 _GROUND, _BODY = 1, 2  # what touches what: the floor (its bit, too), and trunk or hip
 _RANGES = {channel.name: channel.range for channel in CHANNELS}
-_NUMBERS = ("friction", "payload_kg", "motor")
 _TRUNK = ("trunk", *(f"{leg}_hip" for leg in LEGS))
 _ESTIMATED_FROM = ("gravity", "gyro", "joint_position", "joint_velocity", "foot_force")
 _PAYLOAD_KG, _PAYLOAD_INERTIA = 1.0, (0.003, 0.008, 0.01)  # what the model file's payload weighs, kg m^2: a flat box
@@ -326,18 +323,3 @@ def build(terrain: str = "flat", heights: np.ndarray | None = None) -> mujoco.Mj
             contype=1, conaffinity=0, friction=[0.0, 0.005, 0.0001],
         )  # fmt: skip
     return spec.compile()
-
-
-def _check(chosen: Mapping[str, object], settings: Mapping[str, tuple]) -> None:
-    for name, value in chosen.items():
-        valid = settings[name]
-        if valid[0] == "choices":
-            if value not in valid[1:]:
-                raise ValueError(f"quadruped twin: {name} {value!r} is none of {', '.join(valid[1:])}")
-            continue
-        numbers = np.asarray(value, float)
-        in_range = ((valid[0] <= numbers) & (numbers <= valid[1])).all()
-        if numbers.shape not in ((), (2,)) or not in_range or np.ptp(numbers) != np.diff(numbers.reshape(-1)).sum():
-            raise ValueError(
-                f"quadruped twin: {name} is a number, or a pair (low, high), from {valid[0]} to {valid[1]}, not {value}"
-            )

@@ -109,3 +109,7 @@ def test_the_newest_step_comes_first_in_every_mini_batch():
             drawn = minibatches(strata.draw(rng, 0.5), 3, 4)
             assert (drawn["obs"][:, 0] == n - 1).all()
     assert len(np.unique(drawn["obs"][:, 1:])) > 1
+    for n in range(30, 40):
+        prior.add("b", Sample(np.float32([n]), one, one, 0.0, False, False, True))
+    drawn = [minibatches(strata.draw(rng, 1.0), 3, 4)["obs"] for _ in range(20)]
+    assert len(np.unique([batch[:, 0] for batch in drawn])) > 1  # of prior data none is newer than another

@@ -189,3 +189,9 @@ def test_a_preset_that_names_an_algorithm_is_for_that_one(tmp_path):
     assert found.agent["hidden"] == catalog.algorithm("xqc").Config().hidden
     other = config.load(f"cpu,{tmp_path}/mine.toml", "gym", ["agent.algorithm=rlpd"])
     assert other.agent["gamma"] == 0.9 and other.agent["hidden"] == (128, 128)
+
+
+@pytest.mark.parametrize("wrong", [0, 1.5])
+def test_a_bound_of_random_actions_that_cannot_be_is_named(wrong):
+    with pytest.raises(ConfigError, match=rf"\[actor\] random_bound = {wrong}: must"):
+        config.load("cpu", "gym", [f"actor.random_bound={wrong}"])

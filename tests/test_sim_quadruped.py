@@ -4,6 +4,7 @@ the estimator makes of its sensors."""
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ from tether.drivers.quadruped import (  # noqa: E402
     THIGH_M,
     TORQUE_NM,
 )  # fmt: skip
+from tether.robot_env.fit import check_twin  # noqa: E402
+from tether.robot_env.task import TaskError  # noqa: E402
 from tether.sim import quadruped  # noqa: E402
 from tether.sim.quadruped import QuadrupedTwin  # noqa: E402
 from tether.sim.twin import JITTER_S  # noqa: E402
@@ -517,12 +520,12 @@ def test_fixed_settings_are_what_was_asked_for():
 
 
 @pytest.mark.parametrize("options", [
-    {"terrain": "ice"}, {"weak": "FR_elbow"}, {"friction": 0.0}, {"payload_kg": (1.0, 20.0)}, {"motor": (1.2, 0.8)},
-    {"motor": (0.8, 0.9, 1.0)}, {"friction": float("nan")},
+    {"terrain": "ice"}, {"weak": "FR_elbow"}, {"friction": 0.0}, {"payload_kg": [1.0, 20.0]},
+    {"friction": float("nan")}, {"wings": 2.0},
 ])  # fmt: skip
 def test_settings_that_are_none_are_refused_with_what_is_valid(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        QuadrupedTwin(**options)
+    with pytest.raises(TaskError, match=f"twin.{next(iter(options))}"):
+        check_twin(SimpleNamespace(name="mine", robot="quadruped", twin=options), QuadrupedTwin)
 
 
 def test_every_declared_setting_is_taken_to_its_limits():
