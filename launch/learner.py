@@ -105,7 +105,7 @@ class Learner:
         random_steps = job.config.actor.random_steps  # of which a resumed run has made its share
         welcome = {
             "task": job.spec.text, "name": job.spec.name, "seed": job.seed, "policy": self.trainer.policy_spec(),
-            "random_steps": 0 if len(self.trainer.prior) else max(0, random_steps - self.trainer.steps),
+            "random_steps": 0 if len(self.trainer.prior) or job.start else max(0, random_steps - self.trainer.steps),
             "random_bound": job.config.actor.random_bound, "auto_reset": job.config.actor.auto_reset,
         }  # fmt: skip
         log.note("compiling the update")

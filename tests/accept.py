@@ -5,6 +5,9 @@
     make accept TASK=track.csv LENGTH=80 WIDTH=1.4 SEEDS="0 1"     a real track through the whole chain
     make accept TASK=realtime SEEDS=0                the loop's lateness beside a training learner
     make accept TASK=dog-walk SEEDS="0 1 2 3 4"      A Walk in the Park's bar: 24,000 steps from nothing, then 10 walks
+    make accept TASK=dog-run SEEDS="0 1"             APRL's: preset `aprl` beside narrow joints and free ones
+    make accept TASK=dog-changed SEEDS="0 1"         the walks of dog-walk go on where the world has changed
+    make accept TASK=dog-course SEEDS=0              10 laps of four checkpoints
 
 Everything goes through the command line, as a user would. Prints a table; the last line is the JSON's path.
 """
@@ -26,6 +29,9 @@ from typing import Any
 TETHER = [sys.executable, "-m", "tether.launch.cli"]
 STEPS = 12_000  # 20 minutes of driving at 10 Hz
 WALK_STEPS = 24_000  # 20 minutes of walking at 20 Hz
+GROW_STEPS, COURSE_STEPS, CHANGED_STEPS = 40_000, 24_000, 10_000
+CHANGES = {"laden": "payload_kg = 3.0", "slippery": "friction = 0.5", "weak": 'weak = "FR_thigh"'}
+SHIPPED = Path(__file__).parent.parent / "robot_env" / "tasks"
 LAPS = 10
 LONG = ("lap_time_s", "curve")  # only in the JSON
 
@@ -153,7 +159,7 @@ def pursuit(folder: Path, task: str) -> float:
 def realtime(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Bar 6: lateness at 10 and 50 Hz with the learner training, and with the learner stopped for 10 s."""
     out: dict[str, Any] = {}
-    source = Path(__file__).parent.parent / "robot_env" / "tasks" / "car-loop.toml"
+    source = SHIPPED / "car-loop.toml"
     for hz in (10, 50):
         for stopped in (False, True):
             task, run = folder / f"loop-{hz}.toml", folder / f"run-{hz}-{'stopped' if stopped else 'control'}"
@@ -175,25 +181,96 @@ def realtime(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, 
     return out | {"passed": None}
 
 
-def walk(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """A Walk in the Park's bar: 20 minutes of walking from nothing, then 10 x 20 s without exploration."""
-    run = folder / "run"
+def trained(run: Path, seed: int, steps: int, task: Any, *options: Any) -> None:
+    """A training from its beginning, or what is left of it."""
     if (run / "config.toml").exists():
-        tether("run", options.task, "--resume", "--out", run, "--steps", WALK_STEPS)
+        tether("run", task, "--resume", "--out", run, "--steps", steps)
     else:
-        tether("run", options.task, "--seed", seed, "--steps", WALK_STEPS, "--out", run)
+        tether("run", task, "--seed", seed, "--steps", steps, "--out", run, *options)
+
+
+def walks(run: Path, seed: int) -> dict[str, Any]:
+    """How it walks 10 x 20 s without exploration, and how it came to that."""
     result = tether("eval", run, "--episodes", 10, "--seed", 1000 + seed, "--json")
     rows = [row for row in metrics(run) if "env/speed_mps" in row]
     curve = [(row["step"], round(row["env/speed_mps"], 3)) for row in rows]
-    sixth = [(row["env/speed_mps"], row["env/episode_length"]) for row in rows if 5000 < row["step"] <= 6000]
-    early = sum(speed * steps for speed, steps in sixth) / max(sum(steps for _, steps in sixth), 1)
-    hands = last(run, "env/interventions")
-    passed = result["speed_mps"] >= 0.4 and result["falls"] <= 1 and early > 0.1 and hands == 0
     return {
-        "speed_mps": result["speed_mps"], "falls": result["falls"], "mps_at_6000": round(early, 3),
-        "interventions": hands, "falls_in_training": last(run, "env/falls"), "steps": metrics(run)[-1]["step"],
-        "train_s": metrics(run)[-1]["time_s"], "policy_ms": result["policy_ms"], "curve": curve, "passed": passed,
+        "speed_mps": result["speed_mps"], "falls": result["falls"], "interventions": last(run, "env/interventions"),
+        "falls_in_training": last(run, "env/falls"), "steps": metrics(run)[-1]["step"],
+        "train_s": metrics(run)[-1]["time_s"], "policy_ms": result["policy_ms"], "curve": curve,
     }  # fmt: skip
+
+
+def walk(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A Walk in the Park's bar: 20 minutes of walking from nothing, then 10 x 20 s without exploration."""
+    run = folder / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = kept(run, seed, WALK_STEPS, options.task)
+    sixth = [row for row in metrics(run) if "env/speed_mps" in row and 5000 < row["step"] <= 6000]
+    steps = sum(row["env/episode_length"] for row in sixth)
+    early = sum(row["env/speed_mps"] * row["env/episode_length"] for row in sixth) / max(steps, 1)
+    good = result["speed_mps"] >= 0.4 and result["falls"] <= 1 and early > 0.1 and result["interventions"] == 0
+    return result | {"mps_at_6000": round(early, 3), "passed": good}
+
+
+def grow(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """APRL's bar: the same reward and steps in narrow joints, in free ones, and in free ones within a soft bound that
+    grows; the first seed's bound for as long again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free, narrow = SHIPPED / "dog-run.toml", folder / "narrow.toml"
+    narrow.write_text(free.read_text().partition("[action]")[0])  # the robot's own box is A Walk in the Park's
+    out: dict[str, Any] = {}
+    variants = {"aprl": (free, "cpu,aprl"), "narrow": (narrow, "cpu"), "free": (free, "cpu")}
+    for name, (task, preset) in variants.items():
+        out[name] = kept(folder / name, seed, GROW_STEPS, task, "--preset", preset)
+    if seed == 0:
+        run = folder / "aprl-longer"
+        if not run.exists():
+            shutil.copytree(folder / "aprl", run)
+        out["aprl-longer"] = kept(run, seed, 2 * GROW_STEPS, free)
+    faster = out["aprl"]["speed_mps"] >= 1.3 * out["narrow"]["speed_mps"]
+    calmer = out["aprl"]["falls_in_training"] < out["free"]["falls_in_training"]
+    far = seed > 0 or out["aprl-longer"]["speed_mps"] >= 0.6
+    return out | {"passed": faster and calmer and far}
+
+
+def changed(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Keep learning: a run of dog-walk goes on with its snapshot and its records where the dog is laden, the ground
+    slippery or a motor weak; with the first seed the same from nothing."""
+    before = folder.parent.parent / "dog-walk" / f"seed-{seed}"
+    old = kept(before / "run", seed, WALK_STEPS, "dog-walk")
+    folder.mkdir(parents=True, exist_ok=True)
+    out: dict[str, Any] = {"old_mps": old["speed_mps"]}
+    on = "--from", before / "run", "--prior", before / "run"
+    for name, line in CHANGES.items():
+        task = folder / f"{name}.toml"
+        task.write_text(f"{(SHIPPED / 'dog-walk.toml').read_text()}\n[twin]\n{line}\n")
+        starts = {"go-on": on, "sim2real": (*on, "--preset", "cpu,sim2real")} | ({"nothing": ()} if seed == 0 else {})
+        out[name] = {"at once": tether("eval", before / "run", "--task", task, "--episodes", 4, "--json")["speed_mps"]}
+        for start, given in starts.items():
+            out[name][start] = kept(folder / f"{name}-{start}", seed, CHANGED_STEPS, task, *given)
+    bars = {n: max(0.9 * old["speed_mps"], out[n]["nothing"]["speed_mps"] if seed == 0 else 0.0) for n in CHANGES}
+    met = [s for s in ("go-on", "sim2real") if all(out[n][s]["speed_mps"] >= bars[n] for n in CHANGES)]
+    return out | {"met_by": met, "passed": bool(met)}
+
+
+def circle(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """dog-course: 10 laps of its checkpoints, at most 2 of them with a fall."""
+    run = folder / "run"
+    trained(run, seed, COURSE_STEPS, options.task)
+    result = tether("eval", run, "--laps", 10, "--seed", 1000 + seed, "--json")
+    found = {key: result[key] for key in ("laps", "clean_laps", "falls", "speed_mps", "lap_time_s", "steps")}
+    return found | {"train_s": metrics(run)[-1]["time_s"], "passed": result["laps"] >= 10 and result["falls"] <= 2}
+
+
+def kept(run: Path, seed: int, steps: int, task: Any, *options: Any) -> dict[str, Any]:
+    """`trained` and `walks`, once: what came out is kept beside the run."""
+    file = run.with_suffix(".json")
+    if not file.exists():
+        trained(run, seed, steps, task, *options)
+        file.write_text(json.dumps(walks(run, seed), indent=1))
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
 
 
 def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[bytes]) -> None:
@@ -219,6 +296,11 @@ def ablation(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def brief(found: Any) -> Any:
+    """Without what is only for the JSON."""
+    return {k: brief(v) for k, v in found.items() if k not in LONG} if isinstance(found, dict) else found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="car-loop")
@@ -231,7 +313,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(options.out) / Path(options.task).stem
     folder.mkdir(parents=True, exist_ok=True)
-    bar = {"demo": demo, "realtime": realtime, "dog-walk": walk}.get(options.task, course)
+    bars = {"demo": demo, "realtime": realtime, "dog-walk": walk, "dog-run": grow, "dog-changed": changed}
+    bar = (bars | {"dog-course": circle}).get(options.task, course)
     results: dict[str, Any] = {}
     for seed in options.seeds:
         file = folder / f"seed-{seed}.json"
@@ -243,7 +326,7 @@ def main() -> None:
                 result |= judge_loop(result, pursuit(folder, options.task))
             file.write_text(json.dumps(result, indent=1))
         results[str(seed)] = json.loads(file.read_text())
-        print(f"seed {seed}: {json.dumps({k: v for k, v in results[str(seed)].items() if k not in LONG})}")
+        print(f"seed {seed}: {json.dumps(brief(results[str(seed)]))}")
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     summary: dict[str, Any] = {"task": options.task, "machine": machine, "seeds": results}
     summary["passed"] = f"{sum(bool(r['passed']) for r in results.values())} of {len(results)}"

@@ -116,7 +116,7 @@ def test_an_unknown_algorithm_is_named():
 
 
 def test_a_wrong_preset_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no preset 'fast'; give cpu, full or the path"):
+    with pytest.raises(ConfigError, match="no preset 'fast'; give aprl, cpu, full, sim2real or the path"):
         config.load("fast", "course")
     for text, says in (
         ("[agent", "cannot be read as TOML"),
@@ -189,6 +189,14 @@ def test_a_preset_that_names_an_algorithm_is_for_that_one(tmp_path):
     assert found.agent["hidden"] == catalog.algorithm("xqc").Config().hidden
     other = config.load(f"cpu,{tmp_path}/mine.toml", "gym", ["agent.algorithm=rlpd"])
     assert other.agent["gamma"] == 0.9 and other.agent["hidden"] == (128, 128)
+
+
+def test_aprl_and_sim2real_stand_on_another_preset():
+    plain, bound, on = (config.load(f"cpu{more}", "walk") for more in ("", ",aprl", ",sim2real"))
+    assert bound.algorithm == on.algorithm == plain.algorithm
+    assert dict(bound.agent) == dict(plain.agent) | {"bound_start": 0.35} and bound.actor.random_bound == 0.35
+    assert dict(on.agent) == dict(plain.agent) | {"actor_lr": 1e-5, "actor_every": 20}
+    assert on.learner.prior_anneal == 12_500 and on.actor == plain.actor
 
 
 @pytest.mark.parametrize("wrong", [0, 1.5])

@@ -39,11 +39,11 @@ def settings(*more: str) -> config.Config:
 
 
 @contextmanager
-def learner(*more: str, resume: bool = False):
+def learner(*more: str, resume: bool = False, folder: str = "run", start: str = ""):
     """A learner in this process, and what it said."""
     said = io.StringIO()
-    job = Job(catalog.load_spec("fake.toml"), settings(*more), Path("run").resolve(), resume=resume)
-    with closing(Log(Path("run"), STEPS, stream=said)) as log:
+    job = Job(catalog.load_spec("fake.toml"), settings(*more), Path(folder).resolve(), resume=resume, start=start)
+    with closing(Log(Path(folder), STEPS, stream=said)) as log:
         made = Learner(job, log)
         made.link.wait_closed = lambda timeout: True  # the actors here never leave
         try:
@@ -139,6 +139,16 @@ def test_a_resumed_run_goes_on_with_what_is_left_of_the_random_steps():
         steps = one.trainer.steps
     with learner("actor.random_steps=50", resume=True) as (one, _), actor(one.link.address) as (_, orders):
         assert orders["random_steps"] == max(0, 50 - steps) < 50
+
+
+def test_who_starts_from_a_run_makes_no_random_steps():
+    first_run()
+    run_facts = config.dump(settings(), task=FAKE, name="fake", seed=0)
+    Path("run/config.toml").write_text(run_facts, encoding="utf-8")
+    Path("second").mkdir()
+    more = "actor.random_steps=50"
+    with learner(more, folder="second", start="run") as (one, _), actor(one.link.address) as (_, orders):
+        assert orders["random_steps"] == 0
 
 
 @pytest.mark.parametrize("damaged", [False, True])
