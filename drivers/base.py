@@ -55,6 +55,7 @@ class Command:
     measured: tuple[str, ...] = ()  # each value: "channel" (its first number) or "channel[3]"; "" or empty: nothing
     reach: tuple[float, ...] = ()  # a command goes no further than this from what is measured; empty: any
     tolerance: tuple[float, ...] = ()  # an actuator that follows is within this of its command; empty: any
+    stays: bool = False  # it stops where it is, and not by `safe`, which is where it rests
 
     @property
     def size(self) -> int:

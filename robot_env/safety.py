@@ -50,6 +50,7 @@ class Limits:
     reach: np.ndarray  # largest distance of a command from what is measured
     tolerance: np.ndarray  # an actuator further than this from its command for FOLLOW_S does not follow it
     safe: np.ndarray  # what stops the robot
+    stays: bool  # instead of that it stops where it is
     keeps: np.ndarray  # bool: what stays as it was in HOLD, e.g. the steering
     measured: tuple[str, ...]  # channel that measures each value; "": none
     place: tuple[int, ...]  # and which of its numbers does
@@ -82,6 +83,7 @@ class Limits:
                 high[i], low[i] = value, max(low[i], -value)
         return cls(
             low, high, rate, np.array(command.reach or free), np.array(command.tolerance or free), safe,
+            command.stays,
             np.array(command.keeps or (False,) * command.size),
             tuple(name for name, _ in measures), tuple(place for _, place in measures),
             {c.name: c.latency_s + STALE_PERIODS / c.hz for c in channels},
@@ -155,11 +157,17 @@ class Gate:
             faults += clamps
         else:  # stopping is never rate-limited
             faults += [self.state] if self.state in (HOLD, *LATCHED) else []
-            command = np.where(self.limits.keeps & (self.state == HOLD), self._last, self.limits.safe)
+            command = np.where(self.limits.keeps & (self.state == HOLD), self._last, self._still(measurement))
         self._last, self._time = command, now
         for fault in faults:
             self.counts[fault] = self.counts.get(fault, 0) + 1
         return command.copy(), self.state, tuple(faults)
+
+    def _still(self, measurement: Reading) -> np.ndarray:
+        """(n,) what keeps it from moving: what stops it, or where it is; once it was moved, where it was told to be."""
+        if not self.limits.stays:
+            return self.limits.safe
+        return self._last if self.state in (HOLD, *LATCHED) else self._measured(measurement, self._last)
 
     def _take(self, now: float, events: tuple[str, ...]) -> None:
         for event in events:

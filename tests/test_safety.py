@@ -211,6 +211,36 @@ def what_measures_a_value_may_be_one_number_of_a_channel(m):
     assert state == m.RUN and out == pytest.approx([3.0, 0.23])  # 2.0 from slow[1], 0.1 from slow[0]
 
 
+def what_stays_stops_where_it_is(m):
+    """And not where it rests: by what is measured until it has been told to move, then where it was told to be."""
+    stays = replace(COMMAND, stays=True, keeps=(), measured=("slow[0]", "slow[1]"), reach=(), tolerance=())
+    assert m.Limits.of(CHANNELS, stays, {}).stays and not m.Limits.of(CHANNELS, COMMAND, {}).stays
+    gate, now = m.Gate(stays, m.Limits.of(CHANNELS, stays, {})), 0.0
+
+    def tick(wish, *events, at=(1.0, 0.1)):
+        nonlocal now
+        now += 0.1
+        reading = Reading({"fast": np.zeros(1), "slow": np.array(at) + 1e-9 * now}, {"fast": now, "slow": now})
+        return gate.step(now, reading, wish, events)[:2]
+
+    for k in range(12):
+        out, state = tick(None, "arm", at=(1.0 + 0.1 * k, 0.1))  # carried about
+        assert out == pytest.approx([1.0 + 0.1 * k, 0.1])
+    assert state == m.ARMED
+    out, state = tick(wish(4.5, 0.1), at=(2.1, 0.1))
+    assert state == m.RUN and out == pytest.approx([3.0, 0.1])  # 9 m/s^2 from where it is
+    for expected in (m.HOLD, m.HOLD, m.STOPPING, m.STOPPING):
+        out, state = tick(np.array([np.nan, 0.0]), at=(0.0, 0.0))
+        assert state == expected and out == pytest.approx([3.0, 0.1])
+    for _ in range(8):
+        out, state = tick(None, at=(0.0, 0.0))
+    assert state == m.STOPPED and out == pytest.approx([3.0, 0.1])
+    out, state = tick(None, "clear", at=(0.5, 0.1))
+    assert state == m.DISARMED and out == pytest.approx([0.5, 0.1])
+    out, state = tick(None, "estop", at=(0.7, 0.1))
+    assert state == m.ESTOP and out == pytest.approx([0.5, 0.1])
+
+
 def a_task_only_tightens(m):
     tight = m.Limits.of(CHANNELS, COMMAND, {"max_speed_mps": 1.0, "max_steering_rad": 0.2, "deadman_s": 0.3})
     assert tight.high.tolist() == [1.0, 0.2] and tight.low.tolist() == [-1.0, -0.2] and tight.deadman_s == 0.3
@@ -503,7 +533,8 @@ def what_was_given_out_is_a_copy(m):
 
 
 ATTACKS = (
-    limits_are_declared, what_measures_a_value_may_be_one_number_of_a_channel, a_task_only_tightens,
+    limits_are_declared, what_measures_a_value_may_be_one_number_of_a_channel,
+    what_stays_stops_where_it_is, a_task_only_tightens,
     it_arms_when_every_channel_was_well_for_a_second,
     boxes_and_rates_are_per_second, a_command_stays_near_what_is_measured, tightened_limits_bind, bad_wishes_hold,
     three_wishes_in_a_row_that_are_not_finite_stop, a_hold_that_does_not_end_stops, too_many_holds_stop,
