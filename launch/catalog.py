@@ -45,7 +45,10 @@ ROBOTS = {
     ),
     "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, "a point on a plane, for tests"),
 }  # fmt: skip
-KINDS = {"course": "tether.robot_env.course:Course", "walk": "tether.robot_env.walk:Walk"}
+KINDS = {
+    "course": "tether.robot_env.course:Course", "walk": "tether.robot_env.walk:Walk",
+    "manipulate": "tether.robot_env.manipulate:Manipulate",
+}  # fmt: skip
 ALGORITHMS = {name: f"tether.agents.{name}" for name in ("rlpd", "droq", "crossq", "xqc", "bc")}
 FAILURE = re.compile(r"(\w+):(\w+)@(\d+(?:\.\d+)?)s?(?:\+(\d+(?:\.\d+)?)s?)?")
 

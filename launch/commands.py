@@ -49,13 +49,21 @@ def record(options: Namespace) -> Said:
     from . import teach
 
     task = catalog.make_task(catalog.load_spec(options.task))
-    _steered(task, "be recorded")
+    tries = task.spec.kind == "manipulate"
+    if not tries:
+        _steered(task, "be recorded")
+    elif options.teleop != "script":
+        raise TaskError(f"--teleop {options.teleop}: {task.spec.robot} can be taught by script only, as yet")
     out = Path(options.out) if options.out else new_folder("recordings", task.spec.name)
     options.realtime |= options.teleop != "script"
     env = _env(options, task)
     with teach.teacher(options.teleop, env, options.speed, options.quality, options.seed) as driver:
-        result = teach.record_laps(env, driver, options.laps, out, options.seed, _progress)
-    return "{laps} laps, {steps} steps in {file}\nnext: tether course {file}".format(**result), result
+        keep = teach.record_tries if tries else teach.record_laps
+        result = keep(env, driver, options.laps, out, options.seed, _progress)
+    text = "{laps} laps, {steps} steps in {file}\nnext: tether course {file}"
+    if tries:
+        text = f"{{laps}} of {{tries}} tries, {{steps}} steps in {{file}}\nnext: tether run {options.task} --prior {{file}}"
+    return text.format(**result), result
 
 
 def course(options: Namespace) -> Said:
@@ -196,6 +204,8 @@ def _drive(
         text = "{laps} laps, {clean_laps} clean in a row, {contacts} contacts, median {lap_time_s[median]} s"
     elif env.task.spec.kind == "walk":
         text = "{episodes} episodes, {speed_mps:.2f} m/s, {falls} falls"
+    elif env.task.spec.kind == "manipulate":
+        text = "{success_rate:.0%} of {episodes} tries in {cycle_s} s, {interventions} interventions"
     text += "; policy p99 {policy_ms[p99]:.3f} ms"
     return text.format(**result), result | (more or {})
 

@@ -56,7 +56,7 @@ class Episodes:
             out |= {
                 "env/episode_return": sum(step.reward for step in self._episode),
                 "env/episode_length": len(self._episode),
-                "env/success": float(not self._episode[-1].terminated),
+                "env/success": _succeeded(self._episode[-1]),
                 "env/takeovers": self.takeovers / max(self.steps, 1),
             }
             speeds = [step.reading.values["velocity"][0] for step in self._episode if "velocity" in step.reading.values]
@@ -64,6 +64,11 @@ class Episodes:
             out |= {"env/falls": self.falls} if self.falls else {}
         self._episode.clear()
         return out | {"env/resets": self.resets, "env/interventions": self.interventions}
+
+
+def _succeeded(last: Record) -> float:
+    """Of an episode's last step: where there are checkpoints to pass, whether all were; else whether it went on."""
+    return float(last.events["progress"] >= 1.0 if "progress" in last.events else not last.terminated)
 
 
 class Tally:
@@ -76,6 +81,7 @@ class Tally:
         self.successes: list[float] = []
         self.policy_ms: list[float] = []
         self.laps: list[float] = []
+        self.cycles: list[float] = []  # s, of the episodes that succeeded
         self.contacts: int | None = None  # with walls, as the twin knows them (law 13); on hardware nobody does
         self._clean: list[bool] = []
         self._moved: list[tuple[float, float]] = []  # m forward, and s it took, in the steps of episodes
@@ -87,6 +93,11 @@ class Tally:
     def median_s(self) -> float | None:
         """The median lap time."""
         return round(float(np.median(self.laps)), 3) if self.laps else None
+
+    @property
+    def cycle_s(self) -> float | None:
+        """The mean time that a success took."""
+        return round(float(np.mean(self.cycles)), 3) if self.cycles else None
 
     def report(self) -> dict[str, Any]:
         """The keys of DESIGN's `eval` and `drive`, once the environment is closed."""
@@ -100,6 +111,8 @@ class Tally:
         if isinstance(self.env, RobotEnv):
             ahead, seconds = np.sum([(0.0, 1e-9), *self._moved], axis=0)
             out |= {"speed_mps": round(float(ahead / seconds), 3), "falls": self.episodes.falls}
+        if self.env.task.spec.kind == "manipulate":
+            out |= {"cycle_s": self.cycle_s, "interventions": self.episodes.interventions}
         if isinstance(self.env.task, Course):
             rows = (len(list(row)) for clean, row in itertools.groupby(self._clean) if clean)
             out |= {
@@ -120,6 +133,8 @@ class Tally:
         if "env/episode_return" in found:
             self.returns.append(found["env/episode_return"])
             self.successes.append(found["env/success"])
+            if found["env/success"]:
+                self.cycles.append(found["env/episode_length"] / self.env.task.spec.hz)
 
     def _move(self, robot: Robot, record: Record) -> None:
         """How far this step went: by what a twin knows, where it went; else by what was measured."""

@@ -1,4 +1,4 @@
-"""From a person's (or the script's) slow lap to a recording, and from a recording or a CSV to a course."""
+"""From a person's (or the script's) slow lap, or tries, to a recording, and from a recording or a CSV to a course."""
 
 from __future__ import annotations
 
@@ -15,24 +15,30 @@ from ..drivers.keyboard import Keyboard
 from ..robot_env import record, task, track
 from ..robot_env.course import Course
 from ..robot_env.env import RobotEnv
+from ..robot_env.hand import Scripted, show
+from ..robot_env.record import Record
 from . import catalog
 from .evaluate import Tally, practise, pursuit
 
 LOOKAHEAD_M = 0.8  # of the scripted driver
 WANDER_RAD = 0.15  # steering noise of a script of quality 0
 WANDER_S = 0.5  # its correlation time
+SPEED_MPS = {"course": 1.0, "manipulate": 0.15}  # of a script, unless told otherwise
 SLOWEST_MPS = 0.2  # a recording that takes longer than at this speed is given up
 OVERLAP_M = 1.0  # driven beyond the last lap, so that the loop closes
+MISS_M = 0.02  # standard deviation of how far beside its object a script of quality 0 grips
+PATIENCE = 10  # tries to one that succeeds, after which a recording is given up
 
 # (observation, previous action) -> (a,) wish in action units, or None to stop
 Teacher = Callable[[np.ndarray, np.ndarray], np.ndarray | None]
 
 
 @contextmanager
-def teacher(teleop: str, env: RobotEnv, speed_mps: float, quality: float, seed: int) -> Iterator[Teacher]:
+def teacher(teleop: str, env: RobotEnv, speed_mps: float | None, quality: float, seed: int) -> Iterator[Teacher]:
     """Who drives a recording: `script`, `keyboard` or `gamepad`, which is let go of in the end."""
+    speed_mps = SPEED_MPS[env.task.spec.kind] if speed_mps is None else speed_mps
     if teleop == "script":
-        yield scripted(env, speed_mps, quality, seed)
+        yield (scripted if isinstance(env.task, Course) else shown)(env, speed_mps, quality, seed)
         return
     device = Keyboard() if teleop == "keyboard" else Gamepad()
     device.open()
@@ -42,11 +48,7 @@ def teacher(teleop: str, env: RobotEnv, speed_mps: float, quality: float, seed: 
 
 def scripted(env: RobotEnv, speed_mps: float, quality: float, seed: int) -> Teacher:
     """Pure pursuit at a commanded speed; below quality 1 its steering wanders."""
-    high = env.gate.limits.high[0]
-    if not 0 < speed_mps <= high:
-        raise DriverError(f"--speed {speed_mps:g}: between 0 and {high:g} m/s (the robot's and the task's limit)")
-    if not 0 <= quality <= 1:
-        raise DriverError("--quality lies between 0 and 1")
+    _check_script(speed_mps, env.gate.limits.high[0], quality)
     follow = pursuit(env, speed_mps, LOOKAHEAD_M)
     rng = np.random.default_rng(seed)
     keep = np.exp(-1.0 / (env.task.spec.hz * WANDER_S))
@@ -58,6 +60,35 @@ def scripted(env: RobotEnv, speed_mps: float, quality: float, seed: int) -> Teac
         wander = keep * wander + sigma * rng.standard_normal()
         return follow(obs, prev_action) + np.array([0.0, wander], np.float32)
 
+    return drive
+
+
+def _check_script(speed_mps: float, high: float, quality: float) -> None:
+    if not 0 < speed_mps <= high:
+        raise DriverError(f"--speed {speed_mps:g}: between 0 and {high:g} m/s (the robot's and the task's limit)")
+    if not 0 <= quality <= 1:
+        raise DriverError("--quality lies between 0 and 1")
+
+
+def shown(env: RobotEnv, speed_mps: float, quality: float, seed: int) -> Teacher:
+    """A task's checkpoints one after the other, by script; below quality 1 it misses what it grips, in each try by
+    another distance."""
+    _check_script(speed_mps, float(env.gate.limits.rate[0]), quality)
+    rng, spec = np.random.default_rng(seed), env.task.spec
+    script: Scripted | None = None
+
+    def ended(record: Record) -> None:
+        nonlocal script
+        script = None if record.action is None else script
+
+    def drive(obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
+        nonlocal script
+        if script is None:
+            miss = MISS_M * (1.0 - quality) * rng.standard_normal(3) * (1.0, 1.0, 0.0)
+            script = show(env.command, spec.hz, spec.checkpoints, speed_mps, miss)
+        return script.wish(env.reading)
+
+    env.on_record.append(ended)
     return drive
 
 
@@ -76,34 +107,68 @@ def record_laps(
     env: RobotEnv, driver: Teacher, laps: int, out: Path, seed: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Drive, write every record as it happens, and close the environment. Returns DESIGN's keys of `record`."""
-    if out.exists():
-        raise record.RecordError(f"{out} is already there; choose another --out")
     assert isinstance(env.task, Course)
     tally, overlap = Tally(env), 0.0
     patience = (laps + 1) * env.task.line.length / SLOWEST_MPS * env.task.spec.hz
-    with closing(record.SegmentWriter(out, catalog.stream_meta(env.task.spec))) as writer:
 
-        def keep(made: record.Record) -> None:
-            nonlocal overlap
-            writer.append(made.seq, record.encode(made))
-            if len(tally.laps) >= laps:
-                overlap += abs(float(made.reading.values["velocity"][0])) / env.task.spec.hz
-            if made.seq > patience:
-                raise record.RecordError(f"{out}: lap {len(tally.laps) + 1} does not end: too narrow, tight or slow?")
-            if "lap_time_s" in made.events:
-                say(f"lap {len(tally.laps)} of {laps}: {tally.laps[-1]:.1f} s")
+    def see(made: Record) -> None:
+        nonlocal overlap
+        if len(tally.laps) >= laps:
+            overlap += abs(float(made.reading.values["velocity"][0])) / env.task.spec.hz
+        if made.seq > patience:
+            raise record.RecordError(f"{out}: lap {len(tally.laps) + 1} does not end: too narrow, tight or slow?")
+        if "lap_time_s" in made.events:
+            say(f"lap {len(tally.laps)} of {laps}: {tally.laps[-1]:.1f} s")
 
-        env.on_record.append(keep)
-        env.source = "teacher"
-        try:
-            practise(env, lambda obs, before: driver(obs, before) if overlap < OVERLAP_M else None, seed)
-        except (KeyboardInterrupt, SystemExit):
-            say(f"stopped; what was driven is kept in {out}")
-            raise
+    _record(env, lambda obs, before: driver(obs, before) if overlap < OVERLAP_M else None, out, seed, say, see)
     return {
         "file": str(out), "steps": tally.episodes.steps, "laps": len(tally.laps), "lap_time_s": tally.median_s,
         "contacts": tally.contacts,
     }  # fmt: skip
+
+
+def record_tries(
+    env: RobotEnv, driver: Teacher, wanted: int, out: Path, seed: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """`record_laps` for tries of a task that ends: until so many have succeeded. Those that failed are kept, too."""
+    tally = Tally(env)
+
+    def see(made: Record) -> None:
+        done = int(sum(tally.successes))
+        if made.action is None and tally.returns and done < wanted and len(tally.returns) >= PATIENCE * wanted:
+            raise record.RecordError(f"{out}: {done} of {len(tally.returns)} tries succeeded: too fast, or too bad?")
+        if made.action is None and "reset" not in made.events:
+            say(f"{done} of {wanted} done, in {len(tally.returns)} tries")
+
+    def on(obs: np.ndarray, before: np.ndarray) -> np.ndarray | None:
+        return driver(obs, before) if sum(tally.successes) < wanted else None
+
+    _record(env, on, out, seed, say, see)
+    return {
+        "file": str(out), "steps": tally.episodes.steps, "laps": int(sum(tally.successes)), "tries": len(tally.returns),
+        "lap_time_s": tally.cycle_s, "contacts": tally.contacts,
+    }  # fmt: skip
+
+
+def _record(
+    env: RobotEnv, driver: Teacher, out: Path, seed: int, say: Callable[[str], None], see: Callable[[Record], None]
+) -> None:
+    """Let somebody drive until they stop; every record is on the disk before `see` sees it."""
+    if out.exists():
+        raise record.RecordError(f"{out} is already there; choose another --out")
+    with closing(record.SegmentWriter(out, catalog.stream_meta(env.task.spec))) as writer:
+
+        def keep(made: Record) -> None:
+            writer.append(made.seq, record.encode(made))
+            see(made)
+
+        env.on_record.append(keep)
+        env.source = "teacher"
+        try:
+            practise(env, driver, seed)
+        except (KeyboardInterrupt, SystemExit):
+            say(f"stopped; what was driven is kept in {out}")
+            raise
 
 
 def make_course(

@@ -18,9 +18,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# what each kind of task has of its own in a file; manipulate comes with its robot
-KINDS: dict[str, tuple[str, ...]] = {"course": ("course", "checkpoint"), "walk": ("walk",)}
-REWARDS = ("witp", "aprl", "stand")  # of kind walk
+# what each kind of task has of its own in a file
+KINDS: dict[str, tuple[str, ...]] = {
+    "course": ("course", "checkpoint"), "walk": ("walk",), "manipulate": ("manipulate", "checkpoint"),
+}  # fmt: skip
+REWARDS = {"walk": ("witp", "aprl", "stand"), "manipulate": ("sparse", "progress")}
 _SHIPPED = Path(__file__).parent / "tasks"
 Batch = dict[str, np.ndarray]  # of samples, by their fields
 
@@ -31,10 +33,16 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A place the task passes through: reached when closer than `radius_m` (m, map frame)."""
+    """A place the task passes through: reached when closer than `radius_m` (m, map frame).
+
+    Of kind manipulate: the place is that of `of`, the tool or the object, and lies `at` in the map frame or, with
+    `near = "object"`, so far from the object.
+    """
 
     at: tuple[float, ...]
     radius_m: float = 1.0
+    of: str = "tool"
+    near: str = "map"
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,17 @@ class CourseSpec:
 class WalkSpec:
     """The `[walk]` table."""
 
-    reward: str = "witp"  # one of REWARDS
+    reward: str = "witp"  # one of REWARDS["walk"]
     speed_mps: float = 0.5  # that is wanted (A Walk in the Park)
+
+
+@dataclass(frozen=True)
+class ManipulateSpec:
+    """The `[manipulate]` table."""
+
+    reward: str = "sparse"  # one of REWARDS["manipulate"]: 1 at the last checkpoint, or the way made towards each too
+    area: Sequence[Sequence[float]] = ()  # [x, y] m of two corners: where the object may lie; empty: it is held
+    spread_m: float = 0.0  # a try begins up to so far from home, along each axis
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ class TaskSpec:
     course: CourseSpec = field(default_factory=CourseSpec)
     checkpoints: tuple[Checkpoint, ...] = ()
     walk: WalkSpec = field(default_factory=WalkSpec)
+    manipulate: ManipulateSpec = field(default_factory=ManipulateSpec)
     gate: dict[str, float] = field(default_factory=dict)
     action: dict[str, list[float]] = field(default_factory=dict)  # low, high: SI; empty: the robot's own box
     twin: dict[str, Any] = field(default_factory=dict)  # more keywords of the twin
@@ -185,12 +203,13 @@ def parse(text: str, name: str, file: str = "task") -> TaskSpec:
     except tomllib.TOMLDecodeError as error:
         raise TaskError(f"{file}: not valid TOML: {error}") from None
     _check(data, _FILE, file)
-    task, course, gate, walk, action, twin = (data.get(key, {}) for key in _FILE if key != "checkpoint")
+    task, course, gate, walk, manipulate, action, twin = (data.get(key, {}) for key in _FILE if key != "checkpoint")
     rows = data.get("checkpoint", [])
     _check(task, _TASK, file, "task.", "robot kind hz episode_s")
     _check(course, _COURSE, file, "course.", "width_m" if "centerline" in course else "")
     _check(gate, dict.fromkeys(gate, _number(0, 1e6)), file, "gate.")
     _check(walk, _WALK, file, "walk.")
+    _check(manipulate, _MANIPULATE, file, "manipulate.")
     _check(action, _ACTION, file, "action.", "low high" if action else "")
     _check(twin, dict.fromkeys(twin, _SETTING), file, "twin.")
     for kind, tables in KINDS.items():
@@ -198,13 +217,14 @@ def parse(text: str, name: str, file: str = "task") -> TaskSpec:
             if table in data:
                 raise TaskError(f"{file}: [{table}] is for tasks of kind {kind}, not {task['kind']}; remove it")
     for i, row in enumerate(rows):
-        _check(row, _CHECKPOINT, file, f"checkpoint[{i}].", "at")
-    if task["kind"] == "course" and len(rows) < 2:
-        raise TaskError(f"{file}: a course needs at least 2 [[checkpoint]] tables, found {len(rows)}")
+        _check(row, _PLACE if task["kind"] == "manipulate" else _CHECKPOINT, file, f"checkpoint[{i}].", "at")
+    least = {"course": 2, "manipulate": 1}.get(task["kind"], 0)
+    if len(rows) < least:
+        raise TaskError(f"{file}: a {task['kind']} needs at least {least} [[checkpoint]], found {len(rows)}")
     checkpoints = tuple(Checkpoint(tuple(map(float, row.pop("at"))), **row) for row in rows)
     spec = TaskSpec(
-        name, **task, course=CourseSpec(**course), checkpoints=checkpoints, walk=WalkSpec(**walk), gate=gate,
-        action=action, twin=twin, text=text,
+        name, **task, course=CourseSpec(**course), checkpoints=checkpoints, walk=WalkSpec(**walk),
+        manipulate=ManipulateSpec(**manipulate), gate=gate, action=action, twin=twin, text=text,
     )  # fmt: skip
     if spec.course.centerline:
         _check_inside(spec, file)
@@ -248,8 +268,8 @@ def _number(low: float, high: float) -> Rule:
     return f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high
 
 
-def _is_point(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_number(-1e5, 1e5)[1], value))
+def _is_point(value: Any, size: int = 2) -> bool:
+    return isinstance(value, list) and len(value) == size and all(map(_number(-1e5, 1e5)[1], value))
 
 
 def _rises(value: list[float]) -> bool:
@@ -259,8 +279,8 @@ def _rises(value: list[float]) -> bool:
 _TABLE: Rule = ("a table", lambda v: isinstance(v, dict))
 _TABLES: Rule = ("[[checkpoint]] tables", lambda v: isinstance(v, list) and all(map(_TABLE[1], v)))
 _FILE: dict[str, Rule] = {
-    "task": _TABLE, "course": _TABLE, "checkpoint": _TABLES, "gate": _TABLE, "walk": _TABLE, "action": _TABLE,
-    "twin": _TABLE,
+    "task": _TABLE, "course": _TABLE, "checkpoint": _TABLES, "gate": _TABLE, "walk": _TABLE,
+    "manipulate": _TABLE, "action": _TABLE, "twin": _TABLE,
 }  # fmt: skip
 _TASK: dict[str, Rule] = {
     "robot": (
@@ -278,8 +298,17 @@ _COURSE: dict[str, Rule] = {
     "centerline": ("4 or more points [x, y] in m", lambda v: type(v) is list and len(v) > 3 and all(map(_is_point, v))),
 }
 _WALK: dict[str, Rule] = {
-    "reward": (f"one of {', '.join(REWARDS)}", lambda v: v in REWARDS),
+    "reward": (f"one of {', '.join(REWARDS['walk'])}", lambda v: v in REWARDS["walk"]),
     "speed_mps": _number(0.05, 10),
+}
+_MANIPULATE: dict[str, Rule] = {
+    "reward": (f"one of {', '.join(REWARDS['manipulate'])}", lambda v: v in REWARDS["manipulate"]),
+    "area": (
+        "two corners [x, y] in m, the nearer and the further one",
+        lambda v: type(v) is list and len(v) == 2 and all(map(_is_point, v)) and _rises([v[0][0], v[1][0]])
+        and _rises([v[0][1], v[1][1]]),
+    ),
+    "spread_m": _number(0, 0.1),
 }
 _END: Rule = ("a list of numbers, one an action", lambda v: type(v) is list and all(map(_number(-1e6, 1e6)[1], v)))
 _ACTION: dict[str, Rule] = {"low": _END, "high": _END}
@@ -288,3 +317,9 @@ _SETTING: Rule = (
     lambda v: type(v) is str or _END[1](v if type(v) is list else [v]) and (type(v) is not list or _rises(v)),
 )
 _CHECKPOINT: dict[str, Rule] = {"at": ("a point [x, y] in m", _is_point), "radius_m": _number(0.01, 100)}
+_PLACE: dict[str, Rule] = {
+    "at": ("a point [x, y, z] in m", lambda v: _is_point(v, 3)),
+    "radius_m": _number(0.001, 1),
+    "of": ("tool or object", lambda v: v in ("tool", "object")),
+    "near": ("map or object", lambda v: v in ("map", "object")),
+}

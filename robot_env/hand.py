@@ -1,0 +1,198 @@
+"""Scripted motion of a tool that grips: what a reset and the scripted teacher are made of. By readings alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+
+import numpy as np
+
+from ..drivers.base import Command, Reading
+from .task import Checkpoint
+
+Motion = Generator[np.ndarray, Reading, Reading]  # takes the newest reading, gives a command in SI units
+
+SPEED_MPS = 0.2  # of a reset; the gate's own limit is above it
+GAIN, MOST_M = 2.0, 0.03  # 1/s: how fast a tool that stays off its place is corrected, and by how much at most
+ARRIVED_M = 0.006  # closer than this
+LATE_S = 3.0  # after the way should be done, it is not going to arrive
+GRIP_S = 0.8  # for the jaws to close or open
+HOVER_M = 0.07  # above what is gripped
+HELD_M = 0.03  # an object closer than this to the tool is between the jaws
+
+
+class Hand:
+    """Where a tool is led, and how its jaws are. The command is (x, y, z, grip): m, m, m, rad."""
+
+    def __init__(self, command: Command, hz: float, speed_mps: float = SPEED_MPS) -> None:
+        self._command, self._hz, self._speed = command, hz, speed_mps
+        self.low, self.high = np.array(command.low[:3]), np.array(command.high[:3])
+        self.shut, self.open = command.action_low[3], command.action_high[3]
+        self._at: np.ndarray | None = None  # led to, so far
+        self._off = np.zeros(3)  # what is added so that the tool is there
+        self._grip: float | None = None
+
+    def go(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
+        """In a straight line to `place` (3,) m, and until it is there."""
+        place = np.clip(place, self.low, self.high)
+        self._begin(reading)
+        assert self._at is not None
+        ticks = int((np.linalg.norm(place - self._at) / self._speed + LATE_S) * self._hz)
+        for _ in range(ticks):
+            way, off = place - self._at, place - reading.values["tool"]
+            left = float(np.linalg.norm(way))
+            if np.linalg.norm(off) < arrived_m:
+                break
+            if left < 1e-6:
+                self._off = np.clip(self._off + GAIN / self._hz * off, -MOST_M, MOST_M)
+            self._at = self._at + way * min(1.0, self._speed / self._hz / max(left, 1e-9))
+            reading = yield self._told()
+        return reading
+
+    def grip(self, reading: Reading, grip: float) -> Motion:
+        """Stay, and close or open the jaws."""
+        self._grip = grip
+        for _ in range(round(GRIP_S * self._hz)):
+            reading = yield from self.stay(reading)
+        return reading
+
+    def stay(self, reading: Reading) -> Motion:
+        """One tick."""
+        self._begin(reading)
+        return (yield self._told())
+
+    def _begin(self, reading: Reading) -> None:
+        if self._at is None:
+            self._at = reading.values["tool"].astype(float)
+            self._grip = float(reading.values["joint_position"][5]) if self._grip is None else self._grip
+
+    def pick(self, reading: Reading, error: np.ndarray | None = None) -> Motion:
+        """Grip the object, where it is seen or that far (3,) m from it."""
+        reading = yield from self.grip(reading, self.open)
+        place = reading.values["object"] + (np.zeros(3) if error is None else error)
+        reading = yield from self.go(reading, place + (0.0, 0.0, HOVER_M), 3 * ARRIVED_M)
+        reading = yield from self.go(reading, place)
+        return (yield from self.grip(reading, self.shut))
+
+    def carry(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
+        """Bring the object that is held to `place`, up first and along then."""
+        high = max(place[2], min(reading.values["tool"][2] + HOVER_M, self.high[2]))
+        reading = yield from self.go(reading, np.array([*reading.values["tool"][:2], high]), 3 * ARRIVED_M)
+        held = reading.values["object"] - reading.values["tool"]
+        held *= min(1.0, HELD_M / max(float(np.linalg.norm(held)), 1e-9))  # what was lost is not followed
+        reading = yield from self.go(reading, np.array([*(place - held)[:2], high]), 3 * ARRIVED_M)
+        return (yield from self.go(reading, place - held, arrived_m))
+
+    def _told(self) -> np.ndarray:
+        assert self._at is not None
+        return np.array([*np.clip(self._at + self._off, self.low, self.high), self._grip])
+
+
+def holds(reading: Reading) -> bool:
+    """Whether the object is where the jaws are."""
+    return bool(np.linalg.norm(reading.values["object"] - reading.values["tool"]) < HELD_M)
+
+
+class Scripted:
+    """A motion asked for one wish a tick. `needs_hand` is for those that ask a person for help, as a reset may."""
+
+    def __init__(self, command: Command, make: Callable[[Reading], Motion]) -> None:
+        self.needs_hand = False
+        self._command, self._make = command, make
+        self._motion: Motion | None = None
+
+    def wish(self, reading: Reading) -> np.ndarray | None:
+        """(n,) action-unit wish, or None when the motion is over."""
+        try:
+            if self._motion is None:
+                self._motion = self._make(reading)
+                return self._command.to_action(next(self._motion))
+            return self._command.to_action(self._motion.send(reading))
+        except StopIteration:
+            return None
+
+
+class PutBack(Scripted):
+    """A `Recovery`: what is held is laid down somewhere in `area` ((2, 2) m, corners), what lies outside is fetched,
+    the tool goes back up the way it came down, and home: there, or up to `spread_m` off along each axis.
+
+    Without an area what is held is kept. Where an object cannot be fetched, it asks for a hand.
+    """
+
+    TRIES = 3  # to fetch the object
+
+    def __init__(self, command: Command, hz: float, area: np.ndarray | None, spread_m: float = 0.0) -> None:
+        super().__init__(command, self._back)
+        self._hand, self._area, self._spread = Hand(command, hz), area, spread_m
+        self._lowest, self._home = command.action_low[2], np.array(command.safe)
+
+    def _back(self, reading: Reading) -> Motion:
+        hand, area = self._hand, self._area
+        # where to: by the noise of the reading, so that the same readings give the same motion
+        rng = np.random.default_rng(np.concatenate([reading.values[k] for k in ("tool", "object")]).view(np.uint32))
+        home = self._home[:3] + self._spread * rng.uniform(-1.0, 1.0, 3)
+        if area is not None and holds(reading):
+            reading = yield from hand.grip(reading, hand.shut)  # halfway open it would drop on the way
+            reading = yield from self._lay(reading, rng.uniform(area[0], area[1]))
+        else:
+            reading = yield from self._up(reading)
+        tries = 0
+        while area is not None and tries < self.TRIES and self._in_reach(reading) and not self._lies_well(reading):
+            reading = yield from hand.pick(reading)
+            reading = yield from self._lay(reading, rng.uniform(area[0], area[1]))
+            tries += 1
+        reading = yield from hand.grip(reading, hand.shut if area is None else self._home[3])
+        reading = yield from hand.go(reading, home, 3 * ARRIVED_M)
+        while area is not None and not self._lies_well(reading):
+            self.needs_hand = True
+            reading = yield from hand.grip(reading, self._home[3])
+        self.needs_hand = False
+        return reading
+
+    def _lay(self, reading: Reading, spot: np.ndarray) -> Motion:
+        """Bring what is held to `spot` (2,) m on the table."""
+        reading = yield from self._hand.carry(reading, np.array([*spot, self._lowest]))
+        reading = yield from self._hand.grip(reading, self._hand.open)
+        return (yield from self._up(reading))
+
+    def _up(self, reading: Reading) -> Motion:
+        up = reading.values["tool"] + (0.0, 0.0, HOVER_M)
+        return (yield from self._hand.go(reading, up, 3 * ARRIVED_M))
+
+    def _lies_well(self, reading: Reading) -> bool:
+        """On the table and in the area."""
+        assert self._area is not None
+        return _within(reading, self._area[0], self._area[1])
+
+    def _in_reach(self, reading: Reading) -> bool:
+        return _within(reading, self._hand.low[:2], self._hand.high[:2])
+
+
+def _within(reading: Reading, low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether the object lies on the table between these corners (2,) m."""
+    place = reading.values["object"]
+    return bool((low <= place[:2]).all() and (place[:2] <= high).all() and place[2] > -HELD_M)
+
+
+def show(
+    command: Command, hz: float, checkpoints: Sequence[Checkpoint], speed_mps: float, error: np.ndarray
+) -> Scripted:
+    """A try by script: each checkpoint in turn, and then it stays. An object that is to be moved is gripped first.
+
+    `error` (3,) m: so far it misses the object when it grips, or the first place of one that it holds already.
+    """
+    hand = Hand(command, hz, speed_mps)
+
+    def motion(reading: Reading) -> Motion:
+        off = error
+        for goal, following in zip(checkpoints, (*checkpoints[1:], None), strict=True):
+            place = np.array(goal.at) + (reading.values["object"] if goal.near == "object" else 0.0)
+            if goal.of == "object":
+                reading = yield from hand.carry(reading, place + off, goal.radius_m / 2)
+            elif goal.near == "object" and following is not None and following.of == "object":
+                reading, off = (yield from hand.pick(reading, off)), np.zeros(3)
+            else:
+                reading = yield from hand.go(reading, place + off, goal.radius_m / 2)
+        while True:
+            reading = yield from hand.stay(reading)
+
+    return Scripted(command, motion)

@@ -1,0 +1,121 @@
+"""Manipulation: checkpoints in order, each a place for the tool or for the object. The last one is the success."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..drivers.base import Channel, Command, Reading
+from .fit import check_channels
+from .hand import PutBack
+from .task import Batch, Checkpoint, Observer, Outcome, Recovery, TaskError, TaskSpec
+
+NEAR_M = 0.1  # divides what is observed of how far tool, object and checkpoint are apart
+WAY = 5.0  # 1/m: what the way towards a checkpoint is worth, where the reward is for progress
+OUT_M = 0.03  # further outside its area than this, the object is lost for this try
+HOME_M = 0.05  # nearer to where it rests than this, a try begins
+
+
+@dataclass
+class Progress:
+    """Where a stream of readings stands. Moved by `Manipulate.advance` alone."""
+
+    stage: int = 0  # of the checkpoints, how many were reached
+    gap_m: float | None = None  # to the next, at the reading before; None: there was none since the one before it
+
+
+class Manipulate:
+    """A `Task` of kind "manipulate" for a robot with a tool that grips and a tracker for one object.
+
+    What it observes: the channels; from tool to object, and from what shall be at the checkpoint to there; how many
+    checkpoints were reached; the previous action.
+    """
+
+    relabels = True
+    from_rest = False
+
+    def __init__(self, spec: TaskSpec, channels: tuple[Channel, ...], command: Command, body: Any = None) -> None:
+        check_channels(spec, channels, ("tool", "object", "joint_position"))
+        if command.names[:3] != ("x", "y", "z") or command.size != 4:
+            raise TaskError(f"{spec.name}: robot {spec.robot} has no tool to be led by x, y, z and grip")
+        if spec.hindsight:
+            raise TaskError(f"{spec.name}: task.hindsight must be 0: its goals are not drawn again")
+        self.spec, self._command = spec, command
+        self._observer, self._checkpoints = Observer(channels), spec.checkpoints
+        self._home = np.array(command.safe[:3])
+        self._area = np.array(spec.manipulate.area, float) if spec.manipulate.area else None
+        for corner in () if self._area is None else self._area:
+            low, high = np.array(command.low[:2]), np.array(command.high[:2])
+            if (corner < low).any() or (high < corner).any():
+                raise TaskError(
+                    f"{spec.name}: manipulate.area: {corner.tolist()} is not within the robot's reach, "
+                    f"{low.tolist()} to {high.tolist()} m"
+                )
+        self.rest = command.to_action(np.asarray(command.safe))
+        self.start = (float(command.safe[0]), float(command.safe[1]), 0.0)
+        self.observation_size = self._observer.size + 6 + len(spec.checkpoints) + command.size
+
+    def walls(self) -> list[np.ndarray]:
+        """None."""
+        return []
+
+    def begin(self, reading: Reading) -> Progress:
+        """None of the checkpoints is reached."""
+        return Progress()
+
+    def observe(self, progress: Progress, reading: Reading, action: np.ndarray) -> np.ndarray:
+        """Channels; tool to object; to the checkpoint; checkpoints reached (one-hot); previous action."""
+        values = reading.values
+        reached = np.zeros(len(self._checkpoints))
+        reached[min(progress.stage, len(reached) - 1)] = 1.0
+        between = (values["object"] - values["tool"]) / NEAR_M
+        parts = self._observer(reading), between, self._gap(progress, reading) / NEAR_M, reached, np.clip(action, -1, 1)
+        return np.concatenate(parts).astype(np.float32)
+
+    def advance(self, progress: Progress, action: np.ndarray, reading: Reading) -> Outcome:
+        """1 when the last checkpoint is reached, which ends the episode; with reward "progress" also for the way made.
+
+        At home the checkpoints begin anew. An object that leaves its area truncates.
+        """
+        count, tool = len(self._checkpoints), reading.values["tool"]
+        if progress.stage == count or np.linalg.norm(tool - self._home) < HOME_M:
+            progress.stage, progress.gap_m = 0, None
+        gap = float(np.linalg.norm(self._gap(progress, reading)))
+        way = 0.0 if progress.gap_m is None else WAY * (progress.gap_m - gap)
+        progress.gap_m = gap
+        if gap < self._checkpoints[progress.stage].radius_m:
+            progress.stage, progress.gap_m = progress.stage + 1, None
+        done = progress.stage == count
+        events = {"progress": progress.stage / count}
+        lost = not done and self._lost(reading)
+        if lost:
+            events["lost"] = 1.0
+        reward = float(done) + (way if self.spec.manipulate.reward == "progress" else 0.0)
+        return Outcome(reward, done, lost, events, reset=True)
+
+    def recover(self, reading: Reading, outcome: Outcome) -> Recovery:
+        """Put the object back, and go home."""
+        return PutBack(self._command, self.spec.hz, self._area, self.spec.manipulate.spread_m)
+
+    def spot(self, reading: Reading) -> tuple[float, float, float]:
+        """The middle of the area."""
+        return self.start
+
+    def in_hindsight(self, batch: Batch, future: np.ndarray, rng: np.random.Generator) -> Batch:
+        """There is no goal to draw again."""
+        return batch
+
+    def _lost(self, reading: Reading) -> bool:
+        if self._area is None:
+            return False
+        place = reading.values["object"]
+        inside = (self._area[0] - OUT_M <= place[:2]).all() and (place[:2] <= self._area[1] + OUT_M).all()
+        return not inside or bool(place[2] < -OUT_M)
+
+    def _gap(self, progress: Progress, reading: Reading) -> np.ndarray:
+        """(3,) m from what shall be at the checkpoint to there."""
+        goal: Checkpoint = self._checkpoints[min(progress.stage, len(self._checkpoints) - 1)]
+        place = np.array(goal.at) + (reading.values["object"] if goal.near == "object" else 0.0)
+        return place - reading.values[goal.of]
