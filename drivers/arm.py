@@ -28,7 +28,7 @@ TORQUE_NM, SPEED_RADPS = 2.94, 4.71  # at 12 V: stalled, and free
 SERVO_HZ = 50.0  # all six are read and written so often: 3.5 ms a turn of the bus (hardware.md 1.2)
 JOINT_RADPS = math.radians(90.0)  # of each joint's target, so that no wish between here and there is a jerk
 
-HOME = (0.20, 0.0, 0.12, 0.6)  # where it rests, jaws open: m, m, m, rad
+HOME = (0.16, 0.0, 0.10, 0.6)  # where it rests, jaws open: m, m, m, rad
 
 CHANNELS = (
     Channel("joint_position", 6, "rad", SERVO_HZ, 0.01, (1.0,) * 6, most=(3.2,) * 6),

@@ -164,7 +164,7 @@ def _recording(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("task", help=TASK_HELP)
     sub.add_argument("--teleop", default="script", choices=["script", "keyboard", "gamepad"], help="who drives")
     sub.add_argument("--speed", type=float, help="of the script, m/s (default: 1.0; an arm's tool: 0.15)")
-    sub.add_argument("--laps", type=_from(1), default=1, help="stop after so many, or tries that succeeded (default: 1)")
+    sub.add_argument("--laps", type=_from(1), default=1, help="stop after so many, or successful tries (default: 1)")
     sub.add_argument("--quality", type=float, default=1.0, help="0 (wandering, missing) to 1 (clean) of the script")
     sub.add_argument("--out", help="the recording's folder (default: recordings/TASK-N)")
     _seeded(sub, "of the twin's noise")

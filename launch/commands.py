@@ -60,10 +60,11 @@ def record(options: Namespace) -> Said:
     with teach.teacher(options.teleop, env, options.speed, options.quality, options.seed) as driver:
         keep = teach.record_tries if tries else teach.record_laps
         result = keep(env, driver, options.laps, out, options.seed, _progress)
-    text = "{laps} laps, {steps} steps in {file}\nnext: tether course {file}"
     if tries:
-        text = f"{{laps}} of {{tries}} tries, {{steps}} steps in {{file}}\nnext: tether run {options.task} --prior {{file}}"
-    return text.format(**result), result
+        text = "{tries} tries, {laps} succeeded, {steps} steps in {file}\nnext: tether run {task} --prior {file}"
+    else:
+        text = "{laps} laps, {steps} steps in {file}\nnext: tether course {file}"
+    return text.format(task=options.task, **result), result
 
 
 def course(options: Namespace) -> Said:

@@ -11,7 +11,7 @@ from .task import Checkpoint
 
 Motion = Generator[np.ndarray, Reading, Reading]  # takes the newest reading, gives a command in SI units
 
-SPEED_MPS = 0.2  # of a reset; the gate's own limit is above it
+SPEED_MPS = 0.25  # of a reset, if the gate lets it
 GAIN, MOST_M = 2.0, 0.03  # 1/s: how fast a tool that stays off its place is corrected, and by how much at most
 ARRIVED_M = 0.006  # closer than this
 LATE_S = 3.0  # after the way should be done, it is not going to arrive
@@ -29,7 +29,7 @@ class Hand:
         self.shut, self.open = command.action_low[3], command.action_high[3]
         self._at: np.ndarray | None = None  # led to, so far
         self._off = np.zeros(3)  # what is added so that the tool is there
-        self._grip: float | None = None
+        self.jaws: float | None = None  # rad that they are told; None: as they are
 
     def go(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
         """In a straight line to `place` (3,) m, and until it is there."""
@@ -49,8 +49,8 @@ class Hand:
         return reading
 
     def grip(self, reading: Reading, grip: float) -> Motion:
-        """Stay, and close or open the jaws."""
-        self._grip = grip
+        """Stay until the jaws are closed or open."""
+        self.jaws = grip
         for _ in range(round(GRIP_S * self._hz)):
             reading = yield from self.stay(reading)
         return reading
@@ -63,11 +63,11 @@ class Hand:
     def _begin(self, reading: Reading) -> None:
         if self._at is None:
             self._at = reading.values["tool"].astype(float)
-            self._grip = float(reading.values["joint_position"][5]) if self._grip is None else self._grip
+            self.jaws = float(reading.values["joint_position"][5]) if self.jaws is None else self.jaws
 
     def pick(self, reading: Reading, error: np.ndarray | None = None) -> Motion:
         """Grip the object, where it is seen or that far (3,) m from it."""
-        reading = yield from self.grip(reading, self.open)
+        self.jaws = self.open
         place = reading.values["object"] + (np.zeros(3) if error is None else error)
         reading = yield from self.go(reading, place + (0.0, 0.0, HOVER_M), 3 * ARRIVED_M)
         reading = yield from self.go(reading, place)
@@ -84,7 +84,7 @@ class Hand:
 
     def _told(self) -> np.ndarray:
         assert self._at is not None
-        return np.array([*np.clip(self._at + self._off, self.low, self.high), self._grip])
+        return np.array([*np.clip(self._at + self._off, self.low, self.high), self.jaws])
 
 
 def holds(reading: Reading) -> bool:
@@ -131,7 +131,7 @@ class PutBack(Scripted):
         rng = np.random.default_rng(np.concatenate([reading.values[k] for k in ("tool", "object")]).view(np.uint32))
         home = self._home[:3] + self._spread * rng.uniform(-1.0, 1.0, 3)
         if area is not None and holds(reading):
-            reading = yield from hand.grip(reading, hand.shut)  # halfway open it would drop on the way
+            hand.jaws = hand.shut
             reading = yield from self._lay(reading, rng.uniform(area[0], area[1]))
         else:
             reading = yield from self._up(reading)
@@ -140,11 +140,11 @@ class PutBack(Scripted):
             reading = yield from hand.pick(reading)
             reading = yield from self._lay(reading, rng.uniform(area[0], area[1]))
             tries += 1
-        reading = yield from hand.grip(reading, hand.shut if area is None else self._home[3])
+        hand.jaws = hand.shut if area is None else self._home[3]
         reading = yield from hand.go(reading, home, 3 * ARRIVED_M)
         while area is not None and not self._lies_well(reading):
             self.needs_hand = True
-            reading = yield from hand.grip(reading, self._home[3])
+            reading = yield from hand.stay(reading)
         self.needs_hand = False
         return reading
 

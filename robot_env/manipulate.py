@@ -15,7 +15,7 @@ from .task import Batch, Checkpoint, Observer, Outcome, Recovery, TaskError, Tas
 NEAR_M = 0.1  # divides what is observed of how far tool, object and checkpoint are apart
 WAY = 5.0  # 1/m: what the way towards a checkpoint is worth, where the reward is for progress
 OUT_M = 0.03  # further outside its area than this, the object is lost for this try
-HOME_M = 0.05  # nearer to where it rests than this, a try begins
+HOME_M = 0.04  # nearer to where it rests than this, a try begins
 
 
 @dataclass

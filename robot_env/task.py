@@ -212,10 +212,11 @@ def parse(text: str, name: str, file: str = "task") -> TaskSpec:
     _check(manipulate, _MANIPULATE, file, "manipulate.")
     _check(action, _ACTION, file, "action.", "low high" if action else "")
     _check(twin, dict.fromkeys(twin, _SETTING), file, "twin.")
-    for kind, tables in KINDS.items():
-        for table in tables if kind != task["kind"] else ():
-            if table in data:
-                raise TaskError(f"{file}: [{table}] is for tasks of kind {kind}, not {task['kind']}; remove it")
+    for table in data:
+        kinds = [kind for kind, tables in KINDS.items() if table in tables]
+        if kinds and task["kind"] not in kinds:
+            of = " or ".join(kinds)
+            raise TaskError(f"{file}: [{table}] is for tasks of kind {of}, not {task['kind']}; remove it")
     for i, row in enumerate(rows):
         _check(row, _PLACE if task["kind"] == "manipulate" else _CHECKPOINT, file, f"checkpoint[{i}].", "at")
     least = {"course": 2, "manipulate": 1}.get(task["kind"], 0)

@@ -57,7 +57,7 @@ WRONG = {  # what is replaced, with what, and what the error names
     "too fast": ("hz = 10", "hz = 1e9", "task.hz must be a number from 0.1 to 1000, not 1000000000.0"),
     "a share over one": ("hindsight = 0.5", "hindsight = 2", "task.hindsight must be a number from 0 to 1, not 2"),
     "a number for a truth": ("loop = true", "loop = 1", "course.loop must be true or false"),
-    "an unknown kind": ('kind = "course"', 'kind = "fly"', "task.kind must be one of course, walk, not 'fly'"),
+    "an unknown kind": ('kind = "course"', 'kind = "fly"', "task.kind must be one of course, walk, manipulate"),
     "a module path": ('robot = "car"', 'robot = "os:system"', "in the catalog, not a module path"),
     "a dotted path": ('robot = "car"', 'robot = "my.robot"', "in the catalog, not a module path"),
     "a number for a name": ('robot = "car"', "robot = 3", "task.robot must be the name of a robot .* not 3"),
@@ -94,7 +94,7 @@ def test_a_gate_may_only_tighten(old, new, says):
 
 
 def test_an_unknown_robot_names_those_there_are():
-    with pytest.raises(TaskError, match="square: unknown robot 'cra'; this installation has car, quadruped, fake"):
+    with pytest.raises(TaskError, match="square: unknown robot 'cra'; this installation has car, quadruped, arm, fake"):
         catalog.make_task(parse(GOOD.replace('"car"', '"cra"'), "square"))
 
 

@@ -1,0 +1,286 @@
+"""Manipulation on a tool that does what it is told: checkpoints, rewards, the scripted hand and its way back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tether.drivers import arm
+from tether.drivers.base import Reading, Twin
+from tether.launch import catalog, teach
+from tether.launch.evaluate import Tally
+from tether.robot_env import hand
+from tether.robot_env.env import RobotEnv
+from tether.robot_env.hand import PutBack
+from tether.robot_env.manipulate import Manipulate
+from tether.robot_env.rate import Rate
+from tether.robot_env.record import Record, read_recording
+from tether.robot_env.safety import Gate
+from tether.robot_env.sample import samples
+from tether.robot_env.task import TaskError, load, parse
+
+REST = arm.COMMAND.to_action(np.array(arm.HOME))
+CUBE_M = 0.015  # half its edge
+TOP_M = 0.4  # as wide as the table is either way
+
+
+class Ideal:
+    """A tool that is where it is told to be, a tick later; jaws that hold what is between them when they close."""
+
+    channels, command = arm.CHANNELS, arm.COMMAND
+
+    def __init__(self, seed: int = 0) -> None:
+        self._rng = np.random.default_rng(seed)
+        self.time, self.placed, self.stopped = 0.0, 0, 0
+        self.tool, self.jaws, self.held = np.array(arm.HOME[:3]), arm.HOME[3], False
+        self.object = np.array([0.25, 0.05, CUBE_M])
+        self.told = np.array(arm.HOME)
+
+    def open(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+    def read(self) -> Reading:
+        joints = np.append(arm.inverse(self.tool), self.jaws)
+        seen = self.object + 1e-4 * self._rng.standard_normal(3)
+        values = {"joint_position": joints, "tool": self.tool, "object": seen}
+        values |= {name: np.zeros(6) for name in ("joint_velocity", "load")}
+        return Reading(
+            {k: np.array(v, np.float32) for k, v in values.items()}, dict.fromkeys(values, self.time - 0.01)
+        )
+
+    def write(self, command: np.ndarray) -> None:
+        self.told = command
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
+        before, self.tool = self.tool, self.told[:3].copy()
+        self.jaws = self.told[3]
+        closed = self.jaws < 0.3
+        self.held = closed and (self.held or bool(np.linalg.norm(self.object - self.tool) < 0.012))
+        if self.held:
+            self.object = self.object + self.tool - before
+        elif self.object[2] > CUBE_M or np.abs(self.object[:2]).max() > TOP_M:
+            self.object[2] = CUBE_M if np.abs(self.object[:2]).max() < TOP_M else -0.7
+
+    def place(self, pose: tuple[float, float, float]) -> None:
+        self.placed += 1
+        self.tool, self.jaws, self.held = np.array(arm.HOME[:3]), arm.HOME[3], False
+        self.object = np.array([*self._rng.uniform((0.1, -0.15), (0.36, 0.15)), CUBE_M])
+
+    def truth(self) -> dict[str, float]:
+        return {"x": 0.0, "y": 0.0, "heading": 0.0, "speed": 0.0, "upright": 1.0, "contacts": 0.0, "touching": 0.0}
+
+
+def make(name: str = "arm-pick", seed: int = 0, **changes: str) -> tuple[RobotEnv, list[Record]]:
+    spec = load(name)
+    for old, new in changes.items():
+        spec = parse(spec.text.replace(old, new), name)
+    robot, task = Ideal(seed), catalog.make_task(spec)
+    env = RobotEnv(robot, task, Gate(arm.COMMAND, catalog.limits(spec)), Rate(spec.hz, robot.now, robot.sleep))
+    records: list[Record] = []
+    env.on_record.append(records.append)
+    return env, records
+
+
+def tries(env: RobotEnv, records: list[Record], count: int, quality: float = 1.0, seed: int = 0) -> Tally:
+    """So many tries of the scripted teacher."""
+    tally, teacher = Tally(env), teach.shown(env, 0.2, quality, seed)
+    env.source = "teacher"
+    obs, _ = env.reset()
+    while len(tally.returns) < count:
+        _, _, terminated, truncated, _ = env.step(teacher(obs, env.action))
+        if terminated or truncated:
+            env.reset()
+    return tally
+
+
+def reading(tool=(0.2, 0.0, 0.12), thing=(0.25, 0.05, CUBE_M)) -> Reading:
+    values = {"tool": tool, "object": thing, **{k: np.zeros(6) for k in ("joint_position", "joint_velocity", "load")}}
+    return Reading({k: np.array(v, np.float32) for k, v in values.items()}, dict.fromkeys(values, 0.0))
+
+
+def test_the_ideal_arm_is_a_twin():
+    assert isinstance(Ideal(), Twin)
+
+
+def test_the_script_passes_every_checkpoint_and_the_object_is_put_back_without_a_hand():
+    env, records = make()
+    tally = tries(env, records, 8)
+    assert tally.successes == [1.0] * 8 and tally.returns == [1.0] * 8
+    assert tally.episodes.interventions == 0 and env.robot.placed == 1
+    low, high = env.task.spec.manipulate.area
+    spots = [r.reading.values["object"] for a, r in zip(records, records[1:], strict=False)
+             if a.action is None and r.source == "teacher"]  # fmt: skip
+    assert len(spots) >= 7 and all((np.array(low) <= s[:2]).all() and (s[:2] <= high).all() for s in spots)
+    assert np.std([s[:2] for s in spots], axis=0).min() > 0.04  # all over it
+    assert {r.terminated for r in records if r.events.get("progress") == 1.0 and r.source == "teacher"} == {True}
+
+
+def test_a_script_that_misses_fails_and_the_next_try_begins_at_home():
+    env, records = make(**{"episode_s = 10": "episode_s = 6"})
+    tally = tries(env, records, 20, quality=0.0)
+    assert 0.1 < np.mean(tally.successes) < 0.9
+    begins = [r for a, r in zip(records, records[1:], strict=False) if a.action is None and r.source == "teacher"]
+    assert begins and max(np.linalg.norm(r.reading.values["tool"] - arm.HOME[:3]) for r in begins) < 0.02
+
+
+def test_checkpoints_count_in_their_order_and_anew_from_home():
+    task = catalog.make_task(load("arm-pick"))
+    assert isinstance(task, Manipulate)
+    progress = task.begin(reading())
+    at_goal, at_object = (0.25, 0.0, 0.12), (0.25, 0.05, CUBE_M)
+    advance = lambda tool, thing: task.advance(progress, REST, reading(tool, thing))  # noqa: E731
+    assert advance((0.35, 0.1, 0.1), at_goal).events == {"progress": 0.0}  # held up by somebody: not in order
+    assert advance(at_object, at_object).events == {"progress": 0.5}
+    assert advance(arm.HOME[:3], at_object).events == {"progress": 0.0}
+    assert advance(at_object, at_object).events == {"progress": 0.5}
+    done = advance((0.25, 0.0, 0.15), at_goal)
+    assert (done.reward, done.terminated, done.truncated, done.events) == (1.0, True, False, {"progress": 1.0})
+    assert advance((0.25, 0.0, 0.15), at_goal).events == {"progress": 0.0}
+
+
+def test_the_way_towards_a_checkpoint_is_worth_something_where_it_shall_be():
+    env = catalog.make_task(load("arm-reach"))
+    progress, total = env.begin(reading()), 0.0
+    spots = np.linspace((0.2, 0.12, 0.1), (0.25, 0.05, CUBE_M), 20)
+    for spot in spots:
+        outcome = env.advance(progress, REST, reading(spot))
+        total += outcome.reward
+        if outcome.terminated:
+            break
+    assert outcome.terminated and total == pytest.approx(1.0 + 5.0 * np.linalg.norm(spots[0] - spots[-1]), abs=0.1)
+
+
+def test_an_object_that_leaves_its_area_truncates_and_one_that_cannot_be_reached_needs_a_hand():
+    task = catalog.make_task(load("arm-pick"))
+    for thing, lost in (((0.2, 0.17, CUBE_M), False), ((0.2, 0.25, CUBE_M), True), ((0.2, 0.0, -0.5), True)):
+        outcome = task.advance(task.begin(reading()), REST, reading((0.3, 0.1, 0.05), thing))
+        assert outcome.truncated == lost and not outcome.terminated and ("lost" in outcome.events) == lost
+    env, records = make()
+    env.reset()
+    env.robot.object = np.array([0.6, 0.0, CUBE_M])
+    _, _, _, truncated, _ = env.step(REST)
+    before = env.robot.placed
+    env.reset()
+    assert truncated and env.robot.placed == before + 1
+    assert records[-1].events == {"reset": 1.0, "intervention": 1.0}
+    assert np.linalg.norm(records[-1].reading.values["tool"] - arm.HOME[:3]) < 0.02  # the arm was home already
+
+
+def test_what_lies_outside_its_area_but_in_reach_is_fetched():
+    env, records = make(**{"[0.38, 0.15]": "[0.3, 0.1]"})
+    env.reset()
+    env.robot.object = np.array([0.35, 0.14, CUBE_M])
+    env.step(REST)
+    env.reset()
+    assert records[-1].events == {"reset": 1.0} and env.robot.placed == 1
+    assert (env.robot.object[:2] <= (0.31, 0.11)).all()
+
+
+def test_the_hand_that_waits_goes_on_when_the_object_is_back():
+    back = PutBack(arm.COMMAND, 10.0, np.array([[0.1, -0.1], [0.3, 0.1]]))
+    away = reading(thing=(0.6, 0.0, CUBE_M))
+    for _ in range(200):
+        wish = back.wish(away)
+        if back.needs_hand:
+            break
+    assert back.needs_hand and wish is not None
+    for _ in range(20):
+        if back.wish(reading()) is None:
+            break
+    assert not back.needs_hand and back.wish(reading()) is None
+
+
+def test_without_an_area_what_is_held_is_kept_and_tries_begin_around_home():
+    spec = load("arm-insert")
+    places = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        back = PutBack(arm.COMMAND, spec.hz, None, spec.manipulate.spread_m)
+        tool = np.array([0.25, 0.0, 0.05]) + 1e-4 * rng.standard_normal(3)
+        for _ in range(200):
+            wish = back.wish(reading(tool, tool))
+            if wish is None:
+                break
+            command = arm.COMMAND.to_command(wish)
+            assert command[3] == pytest.approx(arm.COMMAND.action_low[3])
+            tool = command[:3]
+        places.append(tool - arm.HOME[:3])
+    assert np.abs(places).max() < 0.04 and np.std(places, axis=0).min() > 0.005
+
+
+def test_the_same_readings_give_the_same_way_back():
+    wishes = []
+    for _ in range(2):
+        env, records = make(seed=3)
+        tries(env, records, 2)
+        wishes.append([r.action for r in records if r.action is not None])
+    np.testing.assert_array_equal(*wishes)
+
+
+def test_a_hand_keeps_to_its_speed():
+    env, records = make()
+    tries(env, records, 3)
+    tools = [(r.time, r.reading.values["tool"]) for r in records if r.source == "teacher" and r.action is not None]
+    fastest = max(np.linalg.norm(b - a) for (s, a), (t, b) in zip(tools, tools[1:], strict=False) if t - s < 0.11)
+    assert fastest <= 0.2 / env.task.spec.hz + 1e-6
+
+
+def test_a_recording_of_tries_is_prior_data(tmp_path):
+    env, _ = make()
+    made = teach.record_tries(env, teach.shown(env, 0.2, 0.5, 1), 3, tmp_path / "tries", 0, lambda line: None)
+    assert made["laps"] == 3 and made["tries"] >= 3 and made["lap_time_s"] > 1.0
+    _, records = read_recording(tmp_path / "tries")
+    found = [s for s in samples(env.task, records) if s.action is not None and s.train]
+    assert sum(s.reward for s in found) == 3.0 and sum(s.terminated for s in found) == 3
+
+
+def test_a_recording_that_only_fails_is_given_up(tmp_path, monkeypatch):
+    env, _ = make(**{"[0.25, 0.0, 0.12]": "[0.25, 0.0, 0.5]"})
+    monkeypatch.setattr(teach, "PATIENCE", 2)
+    with pytest.raises(Exception, match="0 of 2 tries succeeded"):
+        teach.record_tries(env, teach.shown(env, 0.2, 1.0, 1), 1, tmp_path / "tries", 0, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (('kind = "manipulate"', 'kind = "course"'), r"\[manipulate\] is for tasks of kind manipulate"),
+        (("at = [0.25, 0.0, 0.12]", "at = [0.25, 0.0]"), r"checkpoint\[1\].at must be a point \[x, y, z\]"),
+        (('of = "object"', 'of = "cube"'), r"checkpoint\[1\].of must be tool or object"),
+        (('near = "object"', 'near = "tool"'), r"checkpoint\[0\].near must be map or object"),
+        (('reward = "sparse"', 'reward = "dense"'), "manipulate.reward must be one of sparse, progress"),
+        (("[0.38, 0.15]]", "[0.01, 0.15]]"), "manipulate.area must be two corners"),
+        (("[0.38, 0.15]]", "[0.58, 0.15]]"), r"manipulate.area: \[0.58, 0.15\] is not within the robot's reach"),
+        (("hz = 10", "hz = 10\nhindsight = 0.5"), "task.hindsight must be 0"),
+        (('robot = "arm"', 'robot = "car"'), "robot car has no channel tool, object, joint_position"),
+    ],
+)  # fmt: skip
+def test_a_task_that_cannot_be_is_named(change, says):
+    text = load("arm-pick").text.replace(*change)
+    with pytest.raises(TaskError, match=says):
+        catalog.make_task(parse(text, "arm-pick", "arm-pick.toml"))
+
+
+def test_a_task_without_checkpoints_is_none():
+    head = load("arm-pick").text.partition("[[checkpoint]]")[0]
+    with pytest.raises(TaskError, match=r"a manipulate needs at least 1 \[\[checkpoint\]\], found 0"):
+        parse(head, "arm-pick", "arm-pick.toml")
+
+
+def test_a_hand_is_never_told_to_leave_the_workspace():
+    told = []
+    one = hand.Hand(arm.COMMAND, 10.0)
+    motion = one.go(reading(), np.array([2.0, 2.0, -1.0]))
+    for _ in range(60):
+        try:
+            told.append(motion.send(None if not told else reading()))
+        except StopIteration:
+            break
+    assert (np.array(told)[:, :3] <= one.high).all() and (np.array(told)[:, :3] >= one.low).all()
