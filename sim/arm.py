@@ -74,7 +74,9 @@ class ArmTwin:
         self._scene = scene
         model = build(scene)
         tracker = {"object": noise * TRACKER_M}
-        sensors = [Sensor(c, tracker.get(c.name, 0.0), jitter_s=noise * JITTER_S, wrong=WRONG[c.name]) for c in CHANNELS]
+        sensors = [
+            Sensor(c, tracker.get(c.name, 0.0), jitter_s=noise * JITTER_S, wrong=WRONG[c.name]) for c in CHANNELS
+        ]
         self.world = World(model, sensors, self._control, self._measure, lambda: None, seed, realtime, self._derive)
         self._friction = model.geom_friction[:, 0].copy()
         self._part = np.array([_PARTS.get(model.geom(i).name, 0) for i in range(model.ngeom)])
@@ -83,6 +85,7 @@ class ArmTwin:
         self._off: list[str] = []
         self._waiting: deque[tuple[float, np.ndarray]] = deque()  # commands on their way to the servos
         self._command: np.ndarray | None = None  # the newest that has reached them
+        self._servos: Servos | None = None  # stopped
         self._mark = np.zeros(3)
         self._open, self._contacts = False, 0
         self._rest = self._resting()
@@ -216,7 +219,7 @@ class ArmTwin:
         }  # fmt: skip
 
     def _derive(self, carried: Mapping[str, np.ndarray | None]) -> dict[str, np.ndarray]:
-        """What follows from the samples: the tool, by the joints as they were last measured, unless that is nonsense."""
+        """The tool, by the joints as they were last measured, unless that was nonsense; and what the tracker sees."""
         joints = carried.get("joint_position")
         if joints is not None and (np.abs(joints) <= _RANGE).all():
             self._seen = joints

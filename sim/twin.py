@@ -113,8 +113,6 @@ class World:
                 step(model, data)
                 watch()
             self._steps += n
-            if self._steps % self._batch:
-                continue
             due = [sensor for sensor, period in self._sensors.items() if self._steps % period == 0]
             if due:
                 self._sample(due, Sensor.put)
