@@ -16,7 +16,8 @@ GAIN, MOST_M = 2.0, 0.03  # 1/s: how fast a tool that stays off its place is cor
 ARRIVED_M = 0.006  # closer than this
 LATE_S = 3.0  # after the way should be done, it is not going to arrive
 GRIP_S = 0.8  # for the jaws to close or open
-HOVER_M = 0.07  # above what is gripped
+HOVER_M = 0.07  # above what is gripped, and above the table on the way
+EDGE_M = 0.01  # twice so far from the edges of its area an object is laid down; so far beyond them it may lie
 HELD_M = 0.03  # an object closer than this to the tool is between the jaws
 
 
@@ -75,8 +76,9 @@ class Hand:
 
     def carry(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
         """Bring the object that is held to `place`, up first and along then."""
-        high = max(place[2], min(reading.values["tool"][2] + HOVER_M, self.high[2]))
-        reading = yield from self.go(reading, np.array([*reading.values["tool"][:2], high]), 3 * ARRIVED_M)
+        high = max(place[2], HOVER_M)
+        if reading.values["tool"][2] < high:
+            reading = yield from self.go(reading, np.array([*reading.values["tool"][:2], high]), 3 * ARRIVED_M)
         held = reading.values["object"] - reading.values["tool"]
         held *= min(1.0, HELD_M / max(float(np.linalg.norm(held)), 1e-9))  # what was lost is not followed
         reading = yield from self.go(reading, np.array([*(place - held)[:2], high]), 3 * ARRIVED_M)
@@ -132,13 +134,13 @@ class PutBack(Scripted):
         home = self._home[:3] + self._spread * rng.uniform(-1.0, 1.0, 3)
         if area is not None and holds(reading):
             hand.jaws = hand.shut
-            reading = yield from self._lay(reading, rng.uniform(area[0], area[1]))
+            reading = yield from self._lay(reading, rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M))
         else:
             reading = yield from self._up(reading)
         tries = 0
         while area is not None and tries < self.TRIES and self._in_reach(reading) and not self._lies_well(reading):
             reading = yield from hand.pick(reading)
-            reading = yield from self._lay(reading, rng.uniform(area[0], area[1]))
+            reading = yield from self._lay(reading, rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M))
             tries += 1
         hand.jaws = hand.shut if area is None else self._home[3]
         reading = yield from hand.go(reading, home, 3 * ARRIVED_M)
@@ -155,16 +157,17 @@ class PutBack(Scripted):
         return (yield from self._up(reading))
 
     def _up(self, reading: Reading) -> Motion:
-        up = reading.values["tool"] + (0.0, 0.0, HOVER_M)
+        x, y, z = reading.values["tool"]
+        up = np.array([x, y, max(z, HOVER_M)])
         return (yield from self._hand.go(reading, up, 3 * ARRIVED_M))
 
     def _lies_well(self, reading: Reading) -> bool:
         """On the table and in the area."""
         assert self._area is not None
-        return _within(reading, self._area[0], self._area[1])
+        return _within(reading, self._area[0] - EDGE_M, self._area[1] + EDGE_M)
 
     def _in_reach(self, reading: Reading) -> bool:
-        return _within(reading, self._hand.low[:2], self._hand.high[:2])
+        return _within(reading, self._hand.low[:2] - EDGE_M, self._hand.high[:2] + EDGE_M)
 
 
 def _within(reading: Reading, low: np.ndarray, high: np.ndarray) -> bool:
