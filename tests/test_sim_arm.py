@@ -384,6 +384,15 @@ def test_the_tool_is_computed_from_what_the_encoders_carry():
         assert (robot.read().values["tool"] == before).all()
 
 
+def test_nothing_is_measured_where_no_sensor_samples():
+    """50 and 30 Hz meet ten times a second, and the physics runs in batches of 150 Hz."""
+    robot, times = twin(), []
+    measure = robot.world._measure
+    robot.world._measure = lambda: (times.append(robot.world.data.time), measure())[1]
+    robot.sleep(1.0)
+    assert len(times) == 50 + 30 - 10
+
+
 def test_same_seed_same_readings():
     def run(seed: int) -> np.ndarray:
         robot, rng = twin(seed=seed, friction=(0.5, 1.0)), np.random.default_rng(0)
