@@ -160,7 +160,7 @@ class ArmTwin:
 
     def truth(self) -> dict[str, float]:
         """x, y (m) and heading (rad; without a cube the arm's) of the object; speed (m/s) of the tool; upright (1: it
-        is bolted down); contacts (running count of times that the arm or its peg hit the table), touching (0/1); object_x
+        is bolted down); contacts (running count of times the arm or its peg hit the table), touching (0/1); object_x
         to _z and tool_x to _z (m), gripped (0/1: both jaws touch the object). For eval, report and tests only."""
         qpos, moment = self.world.data.qpos, 1e-6
         thing, tool = self._object(), forward(qpos)
