@@ -109,7 +109,8 @@ class ArmTwin:
         self._waiting.append((self.world.now() + BUS_DELAY_S, np.clip(command, COMMAND.low, COMMAND.high)))
 
     def stop(self) -> None:
-        """At once every joint holds where it is. The next write ends that."""
+        """At once every joint holds where it is, less the degree or two that it weighs on its servo: the tool sinks by
+        some mm, and what is gripped is held by the gears' friction alone. The next write ends that."""
         self._waiting.clear()
         self._command, self._servos = None, None
         self._target = self._encoders()
@@ -158,9 +159,9 @@ class ArmTwin:
             self.world.fail(part, kind, start, lasts)
 
     def truth(self) -> dict[str, float]:
-        """x, y (m) and heading (rad) of the object; speed (m/s) of the tool; upright (1: it is bolted down); contacts
-        (running count of times that the arm or its peg hit the table), touching (0/1); object_x to _z and tool_x to
-        _z (m), gripped (0/1: both jaws touch the object). For eval, report and tests only."""
+        """x, y (m) and heading (rad; without a cube the arm's) of the object; speed (m/s) of the tool; upright (1: it
+        is bolted down); contacts (running count of times the arm or its peg hit the table), touching (0/1); object_x
+        to _z and tool_x to _z (m), gripped (0/1: both jaws touch the object). For eval, report and tests only."""
         qpos, moment = self.world.data.qpos, 1e-6
         thing, tool = self._object(), forward(qpos)
         speed = np.linalg.norm(forward(qpos[:6] + moment * self.world.data.qvel[:6]) - tool) / moment
@@ -226,7 +227,7 @@ class ArmTwin:
         return {"tool": forward(self._seen), "object": self._object()}
 
     def _object(self) -> np.ndarray:
-        """(3,) m: the middle of the cube or mark, or the tip of the peg."""
+        """(3,) m: the middle of the cube or mark, or the tip of the peg (as the last step of the physics found it)."""
         data = self.world.data
         if self._scene == "cube":
             return data.qpos[6:9].copy()
