@@ -44,8 +44,19 @@ kind = "walk"
 hz = 20
 episode_s = 5
 """
+MANIPULATE = """
+[task]
+robot = "{robot}"
+kind = "manipulate"
+hz = 10
+episode_s = 5
+[manipulate]
+area = [[0.1, -0.1], [0.3, 0.1]]
+[[checkpoint]]
+at = [0.2, 0.0, 0.05]
+"""
 BOLTED = {"arm"}  # down: what is placed is what lies before it
-TASKS = {"car": COURSE, "fake": COURSE, "quadruped": WALK}
+TASKS = {"car": COURSE, "fake": COURSE, "quadruped": WALK, "arm": MANIPULATE}
 
 
 def make(row: str) -> Twin:

@@ -38,6 +38,7 @@ LIMIT_CORE = 4500 + 160  # of the car alone, and where other robots join it
 LINK = {"wire.py", "transport.py", "pump.py", "keys.py", "spool.py", "kept.py", "flight.py", "doctor.py"}
 # of other robots than the car: it has no camera yet, and its tasks take it as it is
 ROBOTS = {"arm.py", "quadruped.py", "leg_odometry.py", "legs.py", "stand_up.py", "walk.py", "fit.py", "frames.py"}
+ROBOTS |= {"hand.py", "manipulate.py"}
 ALGORITHMS = {"networks.py", "sac.py", "rlpd.py", "droq.py", "bound.py", "crossq.py", "xqc.py", "bc.py", "native.py"}
 
 

@@ -175,9 +175,9 @@ def test_the_jaws_close_level_and_across_the_arm_and_open_as_far_as_is_stated():
         gaps.append(mujoco.mj_geomDistance(m, data, finger, tip, 1.0, None))
     assert abs(gaps[0]) < 1e-4 and gaps == sorted(gaps)
     assert gaps[2] == pytest.approx(arm.CUBE_M, abs=5e-4) and gaps[3] > 0.05
-    # the fixed finger's face, 15 mm beside the tool
+    # the fixed finger's face is clear of a cube that lies askew before the tool
     face = m.geom("finger").pos[1] + m.geom("finger").size[1]
-    assert face == pytest.approx(-arm.CUBE_M / 2) and m.site("tool").pos[1] == 0.0
+    assert face == pytest.approx(-0.024) and face < -arm.CUBE_M / math.sqrt(2) and m.site("tool").pos[1] == 0.0
 
 
 def test_the_hole_is_as_wide_and_deep_as_stated():
@@ -287,7 +287,7 @@ def test_stop_holds_where_it_is_until_the_next_write():
     robot.sleep(2.0)
     rest = seen(robot, "tool")
     assert rest == pytest.approx(where, abs=0.03)  # it ran on, and weighs on its servos
-    assert rest[2] > 0.03 and np.abs(robot.world.data.qvel[:6]).max() < 1e-3
+    assert rest[2] > 0.03 and np.abs(robot.world.data.qvel[:6]).max() < 3e-3
     joints = robot.world.data.qpos[:6].copy()
     robot.write(np.array(HOME))
     robot.sleep(0.0223)
@@ -307,7 +307,7 @@ def test_a_servo_that_is_off_gives_nothing_and_the_arm_falls_on_the_table():
     assert truth["contacts"] == 1.0 and truth["touching"] == 1.0 and abs(truth["speed"]) < 0.02
     assert truth["tool_z"] < 0.06
     robot.sleep(2.0)
-    assert robot.truth()["contacts"] == 1.0 and abs(robot.world.data.actuator_force[1]) > 0.3
+    assert robot.truth()["contacts"] == 1.0 and abs(robot.world.data.actuator_force[1]) > 0.2
     assert robot.truth()["tool_z"] == pytest.approx(HOME[2], abs=0.012)
     with pytest.raises(ValueError, match="gripper:stuck"):
         robot.fail("gripper", "stuck", 0.0)
@@ -422,10 +422,10 @@ def test_a_cube_is_gripped_lifted_carried_and_dropped(x, y):
     assert robot.truth()["object_z"] == pytest.approx(0.115, abs=0.006)
     values = robot.read().values
     assert 0.35 < values["joint_position"][5] < 0.45 and values["load"][5] == pytest.approx(-TORQUE_NM / 2)
-    assert np.linalg.norm(in_the_hand(robot)) < 0.003
+    assert in_the_hand(robot) == pytest.approx([0.0, -0.009, 0.0], abs=0.003)  # at the fixed finger
     held = in_the_hand(robot)
     robot.sleep(3.0)
-    assert in_the_hand(robot) == pytest.approx(held, abs=1e-4)  # no creep
+    assert in_the_hand(robot) == pytest.approx(held, abs=2e-4)  # no creep
     for place in ((0.30, -0.12, 0.12), (0.15, 0.10, 0.06), (0.25, 0.0, 0.11)):
         hand.go(place, 0.0, 0.8, 0.2)
         assert robot.truth()["gripped"] == 1.0
@@ -529,6 +529,7 @@ def test_placed_it_rests_at_home_and_the_object_is_drawn_anew_in_its_range():
 def test_a_mark_has_no_body():
     robot = twin(scene="mark", x=0.25, y=0.1, noise=False)
     hand = Hand(robot)
+    hand.go([0.25, 0.1, 0.06], 0.0)
     hand.go([0.25, 0.1, 0.015], 0.0)
     mark = [0.25, 0.1, 0.015]
     assert seen(robot, "tool") == pytest.approx(mark, abs=0.002) and robot.truth()["contacts"] == 0.0
