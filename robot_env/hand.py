@@ -114,8 +114,8 @@ class Scripted:
 
 
 class PutBack(Scripted):
-    """A `Recovery`: what is held is laid down somewhere in `area` ((2, 2) m, corners), what lies outside is fetched,
-    the tool goes back up the way it came down, and home: there, or up to `spread_m` off along each axis.
+    """A `Recovery`: the object is laid down anew somewhere in `area` ((2, 2) m, corners), fetched first where it is not
+    held; the tool goes back up the way it came down, and home: there, or up to `spread_m` off along each axis.
 
     Without an area what is held is kept. Where an object cannot be fetched, it asks for a hand.
     """
@@ -135,10 +135,13 @@ class PutBack(Scripted):
         if area is not None and holds(reading):
             hand.jaws = hand.shut
             reading = yield from self._lay(reading, rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M))
+            tries = 1
         else:
             reading = yield from self._up(reading)
-        tries = 0
-        while area is not None and tries < self.TRIES and self._in_reach(reading) and not self._lies_well(reading):
+            tries = 0
+        while area is not None and tries < self.TRIES and self._in_reach(reading):
+            if tries and self._lies_well(reading):
+                break
             reading = yield from hand.pick(reading)
             reading = yield from self._lay(reading, rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M))
             tries += 1
