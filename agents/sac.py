@@ -339,7 +339,7 @@ def squashed(
 
 def seen(cfg: Config, action: jax.Array, prev_action: jax.Array) -> jax.Array:
     """What the critics see of an action: itself, or by what share of `max_delta` it differs from the one before."""
-    return (action - prev_action) / cfg.max_delta if cfg.relative else action
+    return (action - prev_action) / (cfg.max_delta or 1.0) if cfg.relative else action
 
 
 def _descend(tx: optax.GradientTransformation, grads: Any, opt: optax.OptState, params: Any) -> tuple[Any, Any]:

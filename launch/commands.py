@@ -138,6 +138,9 @@ def demo(options: Namespace) -> Said:
     if options.robot == "quadruped":
         result = chain.quadruped(out, options.seed, _progress)
         text = "{speed_mps:.2f} m/s, {falls} falls in {episodes} episodes"
+    elif options.robot == "arm":
+        result = chain.arm(out, options.seed, _progress)
+        text = "{success_rate:.0%} of {episodes} tries in {cycle_s} s (shown in {shown_s} s)"
     else:
         result = chain.car(out, options.seed, _progress)
         text = "lap {lap_time_s} s (demonstration {demo_lap_s} s), {clean_laps} clean laps in a row"

@@ -27,6 +27,7 @@ SPEED_MPS = {"course": 1.0, "manipulate": 0.15}  # of a script, unless told othe
 SLOWEST_MPS = 0.2  # a recording that takes longer than at this speed is given up
 OVERLAP_M = 1.0  # driven beyond the last lap, so that the loop closes
 MISS_M = 0.02  # standard deviation of how far beside its object a script of quality 0 grips
+TAUGHT = 0.62  # quality of the script whose tries an arm's demonstrations are: 8 of 10 succeed
 PATIENCE = 10  # tries to one that succeeds, after which a recording is given up
 
 # (observation, previous action) -> (a,) wish in action units, or None to stop
