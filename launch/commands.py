@@ -77,6 +77,8 @@ def course(options: Namespace) -> Said:
         raise TaskError(f"--out {out}: a task file's name ends in .toml")
     result = teach.make_course(file, out, options.length, options.width, options.checkpoints)
     text = "{file}: {checkpoints} checkpoints on {length_m} m, {width_m} m wide\nnext: tether record {file}"
+    if not result["length_m"]:  # no way along the floor
+        text = "{file}: {checkpoints} checkpoints\nnext: tether run {file} --prior " + str(file)
     return text.format(**result), result
 
 
