@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..robot_env.takeover import check
 from . import catalog, config
 from .actor import noise_seed, stoppable
 from .config import RunError
@@ -26,6 +27,7 @@ ACTOR_ENDED = "the actor ended"
 def job_of(options: Any) -> Job:
     """The learner's job from the command line. Everything that can be wrong is said before anything starts."""
     steps = [] if options.steps is None else [f"learner.steps={options.steps}"]
+    sets = options.set if options.takeover is None else [*options.set, f"actor.takeover={options.takeover}"]
     if options.resume:
         folder = Path(options.out or "runs/latest").resolve()
         settings, facts = config.read(folder, steps)
@@ -35,7 +37,7 @@ def job_of(options: Any) -> Job:
             "TASK": (catalog.load_spec(options.task).text, None, spec.text),
             "--seed": (options.seed, 0, seed),
             "--preset": (options.preset, "cpu", settings.preset),
-            "--set": (config.read(folder, [*options.set, *steps])[0], None, settings),
+            "--set or --takeover": (config.read(folder, [*sets, *steps])[0], None, settings),
             "--prior": (options.prior, [], prior),
             "--from": (options.start, "", start),
         }
@@ -45,12 +47,14 @@ def job_of(options: Any) -> Job:
                 raise RunError(f"{how}: leave out {name} or give the same, or leave out --resume")
     else:
         spec, seed, prior, start = catalog.load_spec(options.task), options.seed, options.prior, options.start
-        settings = config.load(options.preset, catalog.family(spec), [*options.set, *steps])
+        settings = config.load(options.preset, catalog.family(spec), [*sets, *steps])
         folder = Path(options.out) if options.out else config.new_folder("runs", spec.name.replace(":", "-"))
         if (folder / "config.toml").exists():
             raise RunError(f"{folder} holds a run already; go on with it by --resume, or choose another --out")
     if spec.hindsight and settings.agent.get("n_step", 1) > 1:
         raise config.ConfigError("task.hindsight needs agent.n_step = 1: goals drawn again reward one step")
+    if settings.actor.takeover != "none":
+        check(settings.actor.takeover, spec, catalog.declaration(spec)[1])
     bind = options.bind or "tcp://127.0.0.1:*"
     keys_for(bind, "learner.key")
     return Job(spec, settings, folder, seed, bind, tuple(prior), start, options.resume,
@@ -65,7 +69,8 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
     with (
-        _owned(job.folder), stoppable(lambda: ACTOR_ENDED if child and child.poll() else "") as stopped,
+        _owned(job.folder),
+        stoppable(lambda: ACTOR_ENDED if child and child.poll() is not None else "") as stopped,
         contextlib.closing(Log(job.folder, job.config.learner.steps, tensorboard=job.tensorboard)) as log,
     ):
         try:
