@@ -117,7 +117,7 @@ TYPED = {
     "a negative seed": (["run", "fake.toml", "--seed", "-1"], "whole number from 0"),
     "no steps": (["run", "fake.toml", "--steps", "0"], "whole number from 1"),
     "no such task": (["run", "nope"], "no task 'nope': .*car-loop"),
-    "no such preset": (["run", "fake.toml", "--preset", "gpu"], "no preset 'gpu'; give cpu, full"),
+    "no such preset": (["run", "fake.toml", "--preset", "gpu"], "no preset 'gpu'; give aprl, cpu, full, rlif"),
     "no such setting": (["run", "fake.toml", "--set", "agent.gama=0.9"], "agent.gama is no setting; .*gamma"),
     "no such section": (["run", "fake.toml", "--set", "actr.x=1"], "actr is no setting; valid are agent"),
     "not a setting": (["run", "fake.toml", "--set", "gamma"], "write section.key=value"),

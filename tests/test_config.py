@@ -116,7 +116,7 @@ def test_an_unknown_algorithm_is_named():
 
 
 def test_a_wrong_preset_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no preset 'fast'; give aprl, cpu, full, sim2real or the path"):
+    with pytest.raises(ConfigError, match="no preset 'fast'; give aprl, cpu, full, rlif, sim2real or the path"):
         config.load("fast", "course")
     for text, says in (
         ("[agent", "cannot be read as TOML"),
