@@ -174,6 +174,7 @@ class Pilot:
         if record.action is None:
             if self._taker is not None:
                 self._taker.begin()
+                self._env.source = "policy"
             if self._link.full:
                 self._pause()
         while self._lockstep and not self._link.wait_run_until(self.steps + 1, timeout=0.5) and not self._stopped():

@@ -442,8 +442,9 @@ def test_an_update_has_its_batch_to_itself_while_the_next_one_is_drawn(trainer, 
     assert len(calls) > 30
 
 
-def test_a_resumed_training_draws_what_an_uninterrupted_one_draws(trainer, records, tmp_path):
-    settings = ("agent.utd=2", "agent.batch=16", "agent.n_step=3", "learner.prior_anneal=60")
+@pytest.mark.parametrize("more", [(), ("learner.takeover_reward=-1",)])
+def test_a_resumed_training_draws_what_an_uninterrupted_one_draws(trainer, records, tmp_path, more):
+    settings = ("agent.utd=2", "agent.batch=16", "agent.n_step=3", "learner.prior_anneal=60", *more)
     whole = trainer(*settings, prior=[records])
     for i, record in enumerate(records):
         whole.push("a", record)

@@ -4,21 +4,26 @@ and what is learned from it."""
 from __future__ import annotations
 
 import bisect
-from contextlib import suppress
+import io
+import json
+import threading
+from contextlib import closing, nullcontext, suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tether.agents.replay import Replay
+from tether.agents.replay import Replay, minibatches
 from tether.drivers import arm
 from tether.drivers.base import DriverError, Sticks
-from tether.launch import catalog, teach
-from tether.launch.actor import Leave, Pilot
-from tether.launch.evaluate import Tally, practise, pursuit
+from tether.launch import catalog, cli, config, teach
+from tether.launch.actor import Leave, Pilot, serve
+from tether.launch.evaluate import Episodes, Tally, practise, pursuit
+from tether.launch.log import Log
 from tether.robot_env.env import RobotEnv
 from tether.robot_env.hand import JAWS_RADPS
-from tether.robot_env.record import Record
+from tether.robot_env.record import Record, read_recording, read_streams
 from tether.robot_env.sample import Fold
 from tether.robot_env.takeover import (
     ACROSS_S,
@@ -35,6 +40,7 @@ from tether.robot_env.takeover import (
 )  # fmt: skip
 from tether.robot_env.task import TaskError, load, parse
 
+from tests.conftest import SETTINGS
 from tests.test_manipulate import CUBE_M, make, reading
 
 ORDERS = {"policy": {}, "random_steps": 0}
@@ -365,3 +371,83 @@ def test_nobody_takes_over_unless_asked():
         assert taker is None
     with teach.intervener("script", env, 1.0, 0) as taker:
         assert isinstance(taker, ByScript) and not taker.stopped()
+
+
+# --- from end to end
+
+
+@pytest.fixture
+def ideal(monkeypatch) -> list[RobotEnv]:
+    """Whoever wants the arm gets one that does what it is told."""
+    made = []
+
+    def make_env(task, real=False, seed=0, *more) -> RobotEnv:
+        env, _ = make(task.spec.name, seed)
+        made.append(env)
+        return env
+
+    monkeypatch.setattr(catalog, "make_env", make_env)
+    return made
+
+
+def test_a_person_records_a_tool_and_ends_with_stop(ideal, tmp_path, monkeypatch, capsys):
+    sticks = iter([Sticks(ahead=1)] * 10 + [Sticks(up=-1, grip=-1)] * 10 + [Sticks(stop=True)])
+    monkeypatch.setattr(teach, "opened", lambda who: nullcontext(SimpleNamespace(read=lambda: next(sticks))))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["record", "arm-pick", "--teleop", "gamepad", "--out", "tries", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    _, records = read_recording(tmp_path / "tries")
+    driven = [arm.COMMAND.to_command(r.action) for r in records if r.source == "teacher" and r.action is not None]
+    assert len(driven) == 20 and (told["laps"], told["tries"]) == (0, 1)
+    assert driven[9] - driven[0] == pytest.approx([9 * 0.006, 0, 0, 0], abs=1e-6)
+    assert driven[19] - driven[9] == pytest.approx([0, 0, -0.06, -0.6], abs=1e-6)  # the jaws are shut by then
+
+
+def test_the_share_of_an_episode_that_is_taken_over_is_its_own():
+    _, records = scripted(Still(), 3)
+    env, more = make(seed=5)
+    drive(env, Still(), ByScript(env.task, env.command, 1.0, 0), lambda: env.robot.now() > 4.0)
+    found, shares = Episodes(), []
+    for number, record in enumerate([*records, *more]):
+        left_alone = number >= len(records) and record.source == "takeover"
+        metrics = found.push(replace(record, source="policy") if left_alone else record)
+        shares += [metrics["env/takeovers"]] if "env/takeovers" in metrics else []
+    rows = spans(records)
+    assert len(shares) == 4 and shares[3] == 0.0
+    first = sum(map(len, (rows[1], rows[3]))) / sum(map(len, rows[:4]))
+    assert shares[0] == pytest.approx(first) and 0.3 < first < 0.7
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_takeovers_that_a_learner_orders_are_in_both_of_its_strata(ideal, tmp_path, monkeypatch):
+    pytest.importorskip("jax")
+    from tether.launch.learner import Job, Learner
+
+    monkeypatch.chdir(tmp_path)
+    wanted = ["actor.takeover=script", "actor.takeover_quality=0.5", "actor.random_steps=0", "learner.held_out=0"]
+    settings = config.load("cpu", "manipulate", [*SETTINGS, *wanted, "learner.steps=400"])
+    (tmp_path / "run").mkdir()
+    job = Job(load("arm-pick"), settings, tmp_path / "run")
+    with closing(Log(job.folder, stream=io.StringIO())) as log:
+        learner = Learner(job, log)
+        thread = threading.Thread(target=learner.run, args=(lambda: "",))
+        thread.start()
+        try:
+            said = serve(learner.link.address, spool=str(tmp_path / "spool"))
+        finally:
+            thread.join()
+    trainer = learner.trainer
+    assert "the learner said stop: training is done" in said and trainer.updates > 300
+    ((_, records),) = read_streams(job.folder / "steps")
+    fold = Fold(trainer.task)
+    found = [sample for record in records for sample in fold.push(record)]
+    taken = {s.obs.tobytes() for s in found if s.takeover and s.train and s.action is not None}
+    assert 0 < trainer.replay.takeovers < len(trainer.replay)
+    batch = minibatches(trainer._strata.draw(np.random.default_rng(0), 0.5), 1, 32)["obs"][0]
+    online, prior = ([row.tobytes() in taken for row in part] for part in (batch[:16], batch[16:]))
+    assert all(prior) and not all(online)
+    draws = [trainer._strata.draw(np.random.default_rng(i), 0.5)["obs"][:16] for i in range(40)]
+    share = np.mean([row.tobytes() in taken for rows in draws for row in rows])
+    assert share == pytest.approx(trainer.replay.takeovers / len(trainer.replay), abs=0.1)
+    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("env/takeovers", 0.0) for row in rows) > 0.2
