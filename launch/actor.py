@@ -243,6 +243,15 @@ def _orders(link: ActorLink, task: str | None, folder: Path) -> tuple[dict[str, 
         return orders | {"random_steps": 0}, (version, params)
 
 
+def _check(task: str | None, fail: Sequence[str], takeover: str | None) -> None:
+    """Raise, before anybody is waited for, for what cannot be in this task."""
+    if task is not None:
+        spec = catalog.load_spec(task)
+        catalog.failures(spec, fail)
+        if takeover is not None:
+            check(takeover, spec, catalog.declaration(spec)[1])
+
+
 def serve(
     address: str, task: str | None = None, real: bool = False, seed: int | None = None,
     realtime: bool = False, view: bool = False, parent: int | None = None, spool: str | None = None,
@@ -258,11 +267,7 @@ def serve(
     `takeover`: who takes over (one of takeover.WHO; default: whom the learner says). With a person in real time.
     Raises WireError, DriverError or TaskError with one line when it cannot begin.
     """
-    if task is not None:  # before waiting for anybody
-        asked = catalog.load_spec(task)
-        catalog.failures(asked, fail)
-        if takeover is not None:
-            check(takeover, asked, catalog.declaration(asked)[1])
+    _check(task, fail, takeover)
     link, parent_folder = ActorLink(address), Path(spool or SPOOL).expanduser()
     taker: Takeover | None = None
 
@@ -288,8 +293,7 @@ def serve(
                 print(f"actor: in the twin fails {' '.join(fail)}", file=sys.stderr)
             if isinstance(env, RobotEnv):
                 env.auto_reset = bool(orders["auto_reset"])
-            quality = float(orders.get("takeover_quality", 1.0))
-            taker = at_the_end.enter_context(intervener(who, env, quality, seed))
+            taker = at_the_end.enter_context(intervener(who, env, float(orders.get("takeover_quality", 1.0)), seed))
             meta = catalog.stream_meta(spec)
             flight = FlightRecorder(meta)
             env.on_record.append(flight)  # first, so that it has the record at which another one failed
@@ -300,9 +304,8 @@ def serve(
             else:
                 pilot.swap(alone[0], pilot.prepare(*alone))
             link.begin(meta, 10.0 if alone is None else 0.0, Spool(parent_folder / meta.stream, meta))
-            room = f"{parent_folder} has room for {hours(meta, parent_folder):.1f} h of records"
-            over = "" if taker is None else f"; {who} takes over"
-            print(f"actor: drives {spec.name} for the learner at {address}{over}; {room}", file=sys.stderr)
+            room = f"takeovers: {who}; {parent_folder} has room for {hours(meta, parent_folder):.1f} h of records"
+            print(f"actor: drives {spec.name} for the learner at {address}; {room}", file=sys.stderr)
             try:
                 if not pilot.refresh(2.0):  # nothing moves before the first weights
                     print("actor: waits for the first weights", file=sys.stderr, flush=True)

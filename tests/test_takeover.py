@@ -446,7 +446,7 @@ def test_takeovers_that_a_learner_orders_are_in_both_of_its_strata(ideal, tmp_pa
     batch = minibatches(trainer._strata.draw(np.random.default_rng(0), 0.5), 1, 32)["obs"][0]
     online, prior = ([row.tobytes() in taken for row in part] for part in (batch[:16], batch[16:]))
     assert all(prior) and not all(online)
-    draws = [trainer._strata.draw(np.random.default_rng(i), 0.5)["obs"][:16] for i in range(40)]
+    draws = [trainer._strata.draw(np.random.default_rng(i), 0.5)["obs"][:16].copy() for i in range(40)]
     share = np.mean([row.tobytes() in taken for rows in draws for row in rows])
     assert share == pytest.approx(trainer.replay.takeovers / len(trainer.replay), abs=0.1)
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
