@@ -27,7 +27,6 @@ ACTOR_ENDED = "the actor ended"
 def job_of(options: Any) -> Job:
     """The learner's job from the command line. Everything that can be wrong is said before anything starts."""
     steps = [] if options.steps is None else [f"learner.steps={options.steps}"]
-    sets = options.set if options.takeover is None else [*options.set, f"actor.takeover={options.takeover}"]
     if options.resume:
         folder = Path(options.out or "runs/latest").resolve()
         settings, facts = config.read(folder, steps)
@@ -37,7 +36,8 @@ def job_of(options: Any) -> Job:
             "TASK": (catalog.load_spec(options.task).text, None, spec.text),
             "--seed": (options.seed, 0, seed),
             "--preset": (options.preset, "cpu", settings.preset),
-            "--set or --takeover": (config.read(folder, [*sets, *steps])[0], None, settings),
+            "--set": (config.read(folder, [*options.set, *steps])[0], None, settings),
+            "--takeover": (options.takeover, None, settings.actor.takeover),
             "--prior": (options.prior, [], prior),
             "--from": (options.start, "", start),
         }
@@ -47,7 +47,8 @@ def job_of(options: Any) -> Job:
                 raise RunError(f"{how}: leave out {name} or give the same, or leave out --resume")
     else:
         spec, seed, prior, start = catalog.load_spec(options.task), options.seed, options.prior, options.start
-        settings = config.load(options.preset, catalog.family(spec), [*sets, *steps])
+        whom = [] if options.takeover is None else [f"actor.takeover={options.takeover}"]
+        settings = config.load(options.preset, catalog.family(spec), [*options.set, *whom, *steps])
         folder = Path(options.out) if options.out else config.new_folder("runs", spec.name.replace(":", "-"))
         if (folder / "config.toml").exists():
             raise RunError(f"{folder} holds a run already; go on with it by --resume, or choose another --out")

@@ -292,6 +292,7 @@ def resumed(*arguments: str) -> Job:
     ("--seed", ["fake.toml", "--seed", "4"]), ("--preset", ["fake.toml", "--preset", "cpu,full"]),
     ("--set", ["fake.toml", "--set", "agent.gamma=0.8"]), ("--prior", ["fake.toml", "--prior", "lap", "more"]),
     ("--from", ["fake.toml", "--from", "another"]), ("TASK", ["car-loop"]),
+    ("--takeover", ["fake.toml", "--takeover", "gamepad"]),
 ])  # fmt: skip
 def test_a_resumed_run_refuses_what_it_did_not_begin_with(name, arguments):
     begun()
