@@ -295,6 +295,44 @@ def test_a_policy_that_does_nothing_is_taken_over_for_each_checkpoint(name, chec
     assert sum(shares) > 0.3 * sum(map(len, rows))
 
 
+def test_a_script_begins_where_a_tool_was_told_to_be_which_is_not_where_it_is():
+    task, told = catalog.make_task(load("arm-pick")), np.array([0.23, 0.02, 0.10, 0.1])
+    lags, action = reading(tool=(0.2, 0.0, 0.12)), arm.COMMAND.to_action(told)
+    script, wishes = ByScript(task, arm.COMMAND, 1.0, 0), [action]
+    while len(wishes) < 6:
+        wish = script.wish(lags, wishes[-1])
+        wishes += [] if wish is None else [wish]
+    steps = np.diff(arm.COMMAND.to_command(np.array(wishes)), axis=0)
+    assert np.linalg.norm(steps[:2, :3], axis=1) == pytest.approx(SCRIPT_MPS * TICK)
+    assert steps[:4, 3] == pytest.approx([JAWS_RADPS * TICK] * 3 + [0.1])  # they open, and no faster
+
+
+def until_taken(script: ByScript, tool: tuple[float, ...], thing: tuple[float, ...]) -> np.ndarray:
+    """The first wish of a script when a tool stays there."""
+    action = arm.COMMAND.to_action(np.array([*tool, 0.6]))
+    wishes = (script.wish(reading(tool, thing), action) for _ in range(100))
+    return next(wish for wish in wishes if wish is not None)
+
+
+def test_what_was_reached_in_one_episode_is_not_in_the_next():
+    script, action = ByScript(catalog.make_task(load("arm-pick")), arm.COMMAND, 1.0, 0), np.zeros(4, np.float32)
+    away, thing = (0.3, 0.1, 0.1), (0.25, 0.0, 0.02)
+    assert script.wish(reading(away, thing), action) is script.wish(reading(thing, thing), action) is None
+    script.begin()
+    until_taken(script, away, thing)
+    assert script.wish(reading(thing, thing), action) is None  # the first checkpoint again, and so the stick goes back
+
+
+def test_a_script_wishes_nothing_that_is_not_learned_from():
+    """Above an object that seems to lie in the table."""
+    script, thing = ByScript(catalog.make_task(load("arm-pick")), arm.COMMAND, 1.0, 0), (0.25, 0.0, 0.0)
+    lowest, wish = 1.0, until_taken(script, (0.25, 0.0, 0.03), thing)
+    while wish is not None:
+        lowest = min(lowest, wish[2])
+        wish = script.wish(reading(arm.COMMAND.to_command(wish)[:3] + (0, 0, 0.02), thing), wish)
+    assert lowest == -1.0
+
+
 @pytest.mark.parametrize("speed_mps", [0.15, 3.0 * CLOSER_M / STUCK_S])
 def test_a_policy_that_makes_progress_is_not_taken_over(speed_mps):
     def able(env):
