@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -79,6 +79,16 @@ class Reading:
 
     values: dict[str, np.ndarray]  # channel name -> (size,) float32, copies
     stamps: dict[str, float]
+
+
+class Sticks(NamedTuple):
+    """What a person does with a gamepad or a keyboard: how far each stick is pushed, -1..1, and whether to stop."""
+
+    ahead: float = 0.0
+    left: float = 0.0
+    up: float = 0.0
+    grip: float = 0.0  # 1 opens, -1 closes
+    stop: bool = False
 
 
 @runtime_checkable

@@ -6,16 +6,20 @@ import io
 import os
 import struct
 
-from .base import DriverError
+from .base import DriverError, Sticks
 
 EVENT = struct.Struct("<IhBB")  # time ms, value, type, number (linux/joystick.h)
 BUTTON, AXIS, INIT = 1, 2, 0x80
 
 
 class Gamepad:
-    """Left stick steers, right stick forward and back drives, button 0 stops."""
+    """Right stick: ahead and back. Left stick: left and right, up and down. Button 0 stops, 4 opens, 5 closes.
 
-    STEER_AXIS, SPEED_AXIS, STOP_BUTTON = 0, 4, 0
+    On a gamepad as Xbox has it these are A and the two upper shoulder buttons.
+    """
+
+    LEFT_AXIS, UP_AXIS, AHEAD_AXIS = 0, 1, 4  # all of them are negative to the left and up
+    STOP_BUTTON, OPEN_BUTTON, CLOSE_BUTTON = 0, 4, 5
 
     def __init__(self, path: str = "/dev/input/js0") -> None:
         self._path = path
@@ -28,11 +32,11 @@ class Gamepad:
             self._file = io.FileIO(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK))
         except OSError as error:
             raise DriverError(
-                f"no gamepad at {self._path} ({error.strerror}); plug one in, or use --teleop keyboard"
+                f"no gamepad at {self._path} ({error.strerror}); plug one in, or use keyboard"
             ) from None
 
-    def read(self) -> tuple[float, float, bool]:
-        """(steering -1..1 left positive, speed -1..1, stop) without waiting. Raises DriverError when it is gone."""
+    def read(self) -> Sticks:
+        """Where the sticks are, without waiting. Raises DriverError when it is gone."""
         assert self._file is not None, "open() first"
         try:
             while len(event := self._file.read(EVENT.size) or b"") == EVENT.size:
@@ -40,8 +44,11 @@ class Gamepad:
                 self._now[kind & ~INIT, number] = value
         except OSError as error:
             raise DriverError(f"the gamepad at {self._path} is gone ({error.strerror})") from None
-        steer, speed = (-self._now.get((AXIS, n), 0) / 32767 for n in (self.STEER_AXIS, self.SPEED_AXIS))
-        return steer, speed, bool(self._now.get((BUTTON, self.STOP_BUTTON)))
+        axes = self.AHEAD_AXIS, self.LEFT_AXIS, self.UP_AXIS
+        ahead, left, up = (min(max(-self._now.get((AXIS, n), 0) / 32767, -1.0), 1.0) for n in axes)
+        buttons = self.OPEN_BUTTON, self.CLOSE_BUTTON, self.STOP_BUTTON
+        opens, closes, stop = (bool(self._now.get((BUTTON, n))) for n in buttons)
+        return Sticks(ahead, left, up, float(opens - closes), stop)
 
     def close(self) -> None:
         """Idempotent."""

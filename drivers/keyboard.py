@@ -10,17 +10,18 @@ import time
 import tty
 from typing import Any
 
-from .base import DriverError
+from .base import DriverError, Sticks
 
 HOLD_S = 0.6  # a terminal tells no key-up: a key counts until it has not repeated for this long
 KEYS = {
-    "w": ("speed", 1.0), "s": ("speed", -1.0), "a": ("steer", 1.0), "d": ("steer", -1.0),
-    "\x1b[A": ("speed", 1.0), "\x1b[B": ("speed", -1.0), "\x1b[D": ("steer", 1.0), "\x1b[C": ("steer", -1.0),
+    "w": ("ahead", 1.0), "s": ("ahead", -1.0), "a": ("left", 1.0), "d": ("left", -1.0),
+    "\x1b[A": ("ahead", 1.0), "\x1b[B": ("ahead", -1.0), "\x1b[D": ("left", 1.0), "\x1b[C": ("left", -1.0),
+    "r": ("up", 1.0), "f": ("up", -1.0), "o": ("grip", 1.0), "c": ("grip", -1.0),
 }  # fmt: skip
 
 
 class Keyboard:
-    """w/s or up/down drive, a/d or left/right steer, q stops."""
+    """w/s or the arrows up/down: ahead and back; a/d or left/right; r/f: up and down; o/c open and close; q stops."""
 
     def __init__(self, file: int | None = None) -> None:
         self._fd = sys.stdin.fileno() if file is None else file
@@ -30,12 +31,12 @@ class Keyboard:
     def open(self) -> None:
         """Raises DriverError when this is not a terminal."""
         if not os.isatty(self._fd):
-            raise DriverError("the keyboard needs a terminal; run this in one, or use --teleop gamepad or script")
+            raise DriverError("the keyboard needs a terminal; run this in one, or use gamepad or script")
         self._saved = termios.tcgetattr(self._fd)
         tty.setcbreak(self._fd)
 
-    def read(self) -> tuple[float, float, bool]:
-        """(steering -1..1 left positive, speed -1..1, stop) without waiting."""
+    def read(self) -> Sticks:
+        """Which keys are held, without waiting: each pushes its stick as far as it goes."""
         text = ""
         while select.select([self._fd], [], [], 0)[0]:
             if not (read := os.read(self._fd, 64)):
@@ -47,7 +48,7 @@ class Keyboard:
                 axis, value = KEYS[key]
                 self._held[axis] = (value, now + HOLD_S)
         axes = {axis: value for axis, (value, until) in self._held.items() if now < until}
-        return axes.get("steer", 0.0), axes.get("speed", 0.0), "q" in text
+        return Sticks(**axes, stop="q" in text)
 
     def close(self) -> None:
         """Give the terminal back as it was. Idempotent."""

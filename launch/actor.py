@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
 from ..robot_env.record import Record, encode
 from ..robot_env.safety import CLAMPS
+from ..robot_env.takeover import BY_HAND, Takeover, check
 from . import catalog
 from .evaluate import practise
 from .flight import FlightRecorder
 from .kept import Kept
 from .onboard import BundleError, Policy
 from .spool import Spool, hours, left_behind
+from .teach import intervener
 from .transport import ActorLink, NoLearner
 from .wire import Params, WireError
 
@@ -103,14 +105,15 @@ class Pilot:
 
     Sends every record to the learner; with `lockstep` (the twin) waits after each until it may go on.
     `orders` are the learner's; weights it sends are probed, and now and then put into `kept`, in the link's thread.
+    `taker` may take the stick.
     """
 
     def __init__(
-        self, env: RobotEnv | GymEnv, link: ActorLink, stopped: Callable[[], str],
-        orders: dict[str, Any], seed: int, lockstep: bool, kept: Kept | None = None,
+        self, env: RobotEnv | GymEnv, link: ActorLink, stopped: Callable[[], str], orders: dict[str, Any],
+        seed: int, lockstep: bool, kept: Kept | None = None, taker: Takeover | None = None,
     ) -> None:
         self._env, self._link, self._stopped, self._lockstep = env, link, stopped, lockstep
-        self._orders, self._spec, self._kept = orders, orders["policy"], kept
+        self._orders, self._spec, self._kept, self._taker = orders, orders["policy"], kept, taker
         self._random_steps, self._random_bound = int(orders["random_steps"]), float(orders.get("random_bound", 1.0))
         self._rng = np.random.default_rng(seed)
         self._policy: Policy | None = None
@@ -141,11 +144,21 @@ class Pilot:
         return self._policy is not None
 
     def wish(self, obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
-        """(a,) action with exploration; None to end. At random: uniform in what bound and action-rate limit leave."""
+        """(a,) action: of who took over, else of the policy with exploration; None to end."""
         self.refresh()
         self._seen = (*self._seen[1 - PROBED :], (obs, prev_action))  # as a whole: another thread reads it
         if self._stopped():
             return None
+        if self._taker is not None:
+            assert isinstance(self._env, RobotEnv)
+            taken = self._taker.wish(self._env.reading, prev_action)
+            self._env.source = "policy" if taken is None else "takeover"
+            if taken is not None:
+                return taken
+        return self._explore(obs, prev_action)
+
+    def _explore(self, obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray:
+        """The policy's; at random, uniform in what bound and action-rate limit leave."""
         if self._policy is not None and self.steps >= self._random_steps:
             return self._policy.act(obs, prev_action, self._rng)
         before, delta = np.clip(prev_action, -1.0, 1.0), self._spec.get("max_delta") or 2.0
@@ -158,8 +171,12 @@ class Pilot:
         self.steps += record.action is not None
         self._report()
         self._listen()
-        if record.action is None and self._link.full:
-            self._pause()
+        if record.action is None:
+            if self._taker is not None:
+                self._taker.begin()
+                self._env.source = "policy"
+            if self._link.full:
+                self._pause()
         while self._lockstep and not self._link.wait_run_until(self.steps + 1, timeout=0.5) and not self._stopped():
             self._listen()
         if record.source == "reset" and self._stopped():
@@ -226,10 +243,19 @@ def _orders(link: ActorLink, task: str | None, folder: Path) -> tuple[dict[str, 
         return orders | {"random_steps": 0}, (version, params)
 
 
+def _check(task: str | None, fail: Sequence[str], takeover: str | None) -> None:
+    """Raise, before anybody is waited for, for what cannot be in this task."""
+    if task is not None:
+        spec = catalog.load_spec(task)
+        catalog.failures(spec, fail)
+        if takeover is not None:
+            check(takeover, spec, catalog.declaration(spec)[1])
+
+
 def serve(
     address: str, task: str | None = None, real: bool = False, seed: int | None = None,
     realtime: bool = False, view: bool = False, parent: int | None = None, spool: str | None = None,
-    fail: Sequence[str] = (),
+    fail: Sequence[str] = (), takeover: str | None = None,
 ) -> str:
     """One actor: ask the learner what there is to do, drive until told to stop. Returns what to say of it.
 
@@ -238,42 +264,47 @@ def serve(
     with those, in real time, until one does.
 
     `fail`: what breaks in the twin, and when. `parent`: process id of the `tether run` that it must not outlive.
+    `takeover`: who takes over (one of takeover.WHO; default: whom the learner says). With a person in real time.
     Raises WireError, DriverError or TaskError with one line when it cannot begin.
     """
-    if task is not None:
-        catalog.failures(catalog.load_spec(task), fail)  # before waiting for anybody
+    _check(task, fail, takeover)
     link, parent_folder = ActorLink(address), Path(spool or SPOOL).expanduser()
+    taker: Takeover | None = None
 
     def cause() -> str:
         if parent is not None and os.getppid() != parent:
             return "the run it belongs to is gone"
+        if taker is not None and taker.stopped():
+            return "the person at the stick said so"
         return f"the learner said stop: {link.stopped}" if link.stopped else ""
 
     try:
         orders, alone = _orders(link, task, parent_folder)
-        with stoppable(cause) as stopped:
+        with stoppable(cause) as stopped, ExitStack() as at_the_end:
             spec = catalog.spec_of(str(orders["task"]), str(orders["name"]))
             if task is not None and catalog.load_spec(task).text != spec.text:
                 other = f"the learner at {address} trains {spec.name!r}, not {task!r} as it is here"
                 raise WireError(f"{other}; leave the task out")
             seed = noise_seed(int(orders["seed"]), int(orders.get("number", 0))) if seed is None else seed
-            realtime |= alone is not None  # there is nobody to give run_until
+            who = str(orders.get("takeover", "none")) if takeover is None else takeover
+            realtime |= who in BY_HAND or alone is not None  # there is nobody to give run_until
             env = catalog.make_env(catalog.make_task(spec), real, seed, realtime, view, fail)
             if fail:
                 print(f"actor: in the twin fails {' '.join(fail)}", file=sys.stderr)
             if isinstance(env, RobotEnv):
                 env.auto_reset = bool(orders["auto_reset"])
+            taker = at_the_end.enter_context(intervener(who, env, float(orders.get("takeover_quality", 1.0)), seed))
             meta = catalog.stream_meta(spec)
             flight = FlightRecorder(meta)
             env.on_record.append(flight)  # first, so that it has the record at which another one failed
             lockstep = not (real or realtime)
-            pilot = Pilot(env, link, stopped, orders, seed, lockstep, Kept(parent_folder, spec.text))
+            pilot = Pilot(env, link, stopped, orders, seed, lockstep, Kept(parent_folder, spec.text), taker)
             if alone is None:
                 deliver(address, parent_folder)
             else:
                 pilot.swap(alone[0], pilot.prepare(*alone))
             link.begin(meta, 10.0 if alone is None else 0.0, Spool(parent_folder / meta.stream, meta))
-            room = f"{parent_folder} has room for {hours(meta, parent_folder):.1f} h of records"
+            room = f"takeovers: {who}; {parent_folder} has room for {hours(meta, parent_folder):.1f} h of records"
             print(f"actor: drives {spec.name} for the learner at {address}; {room}", file=sys.stderr)
             try:
                 if not pilot.refresh(2.0):  # nothing moves before the first weights

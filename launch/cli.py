@@ -145,6 +145,7 @@ def _training(sub: argparse.ArgumentParser) -> None:
     devices = "learn on this many of this machine's devices, each on its share of every batch (default: 1)"
     sub.add_argument("--devices", type=_from(1), default=1, help=devices)
     sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+    _taking_over(sub, "none")
     _seeded(sub, "of everything")
 
 
@@ -157,13 +158,15 @@ def _acting(sub: argparse.ArgumentParser) -> None:
     hardware_or_failures = sub.add_mutually_exclusive_group()  # hardware fails without being asked
     _real(hardware_or_failures)
     _failing(hardware_or_failures)
+    _taking_over(sub, "the learner says")
     _driving(sub)
 
 
 def _recording(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("task", help=TASK_HELP)
     sub.add_argument("--teleop", default="script", choices=["script", "keyboard", "gamepad"], help="who drives")
-    sub.add_argument("--speed", type=float, help="of the script, m/s (default: 1.0; an arm's tool: 0.15)")
+    about = "m/s, of the script or at full deflection (default: 1.0; an arm's tool: 0.15, by hand 0.06)"
+    sub.add_argument("--speed", type=float, help=about)
     sub.add_argument("--laps", type=_from(1), default=1, help="stop after so many, or successful tries (default: 1)")
     sub.add_argument("--quality", type=float, default=1.0, help="0 (wandering, missing) to 1 (clean) of the script")
     sub.add_argument("--out", help="the recording's folder (default: recordings/TASK-N)")
@@ -186,6 +189,11 @@ def _counting(sub: argparse.ArgumentParser) -> None:
 def _driving(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--realtime", action="store_true", help="the twin keeps real time (always where a person drives)")
     sub.add_argument("--view", action="store_true", help="open MuJoCo's viewer (needs a display)")
+
+
+def _taking_over(sub: argparse.ArgumentParser, default: str) -> None:
+    about = f"who takes the stick in the middle of an episode: none, script, keyboard, gamepad (default: {default})"
+    sub.add_argument("--takeover", choices=["none", "script", "keyboard", "gamepad"], metavar="WHO", help=about)
 
 
 def _failing(sub: argparse._ActionsContainer) -> None:

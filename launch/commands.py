@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from ..drivers.base import DriverError
 from ..robot_env.course import Course
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
+from ..robot_env.takeover import BY_HAND, STEERED
 from ..robot_env.task import Task, TaskError, shipped
 from . import catalog, config, onboard
 from . import evaluate as evaluation
@@ -18,7 +21,6 @@ from .config import RunError, new_folder
 Said = tuple[str, dict[str, Any]]
 LAPS = 5  # driven by eval and drive unless told otherwise
 EPISODES = 10
-STEERED = ("speed", "steering")  # what a robot takes that a script or a person can drive
 
 
 def run(options: Namespace) -> Said:
@@ -29,6 +31,12 @@ def run(options: Namespace) -> Said:
     actor = None
     if options.bind is None:
         catalog.failures(job.spec, options.fail)  # the actor would refuse them when the run has begun
+        who = job.config.actor.takeover
+        if who == "keyboard" and not os.isatty(0):
+            raise DriverError("--takeover keyboard: this is no terminal; run it in one, or give gamepad")
+        if who == "none" and job.config.learner.takeover_reward is not None:
+            raise RunError("learner.takeover_reward pays for takeovers only: say by --takeover who takes over")
+        options.realtime |= who in BY_HAND
         actor = [flag for flag in ("--realtime", "--view") if getattr(options, flag[2:])]
         actor += [part for failure in options.fail for part in ("--fail", failure)]
     result = train(job, actor)
@@ -41,7 +49,8 @@ def actor(options: Namespace) -> Said:
     from .actor import serve
 
     chosen = options.learner, options.task, options.real, options.seed, options.realtime, options.view
-    return serve(*chosen, parent=options.parent, spool=options.spool, fail=options.fail), {}
+    more = {"parent": options.parent, "spool": options.spool, "fail": options.fail, "takeover": options.takeover}
+    return serve(*chosen, **more), {}
 
 
 def record(options: Namespace) -> Said:
@@ -52,8 +61,6 @@ def record(options: Namespace) -> Said:
     tries = task.spec.kind == "manipulate"
     if not tries:
         _steered(task, "be recorded")
-    elif options.teleop != "script":
-        raise TaskError(f"--teleop {options.teleop}: {task.spec.robot} can be taught by script only, as yet")
     out = Path(options.out) if options.out else new_folder("recordings", task.spec.name)
     options.realtime |= options.teleop != "script"
     env = _env(options, task)

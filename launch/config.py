@@ -20,6 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from ..robot_env.takeover import WHO
 from . import catalog
 
 if sys.version_info >= (3, 11):
@@ -59,6 +60,8 @@ class Learner:
     prior_share: float = 0.5  # of each mini-batch, where there is prior data; takeovers count as such too
     prior_share_end: float = 0.0  # reached after prior_anneal updates, linearly
     prior_anneal: int = 0  # updates; 0: prior_share stays as it is
+    # of the step before a takeover begins; with it no other step has a reward (RLIF, systems.md 7)
+    takeover_reward: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -68,19 +71,25 @@ class Learner:
             elif name in ("prior_anneal", "held_out"):
                 if value < 0:
                     raise ValueError(f"{name} = {value:g}: must not be negative")
-            elif value < 1:
+            elif name != "takeover_reward" and value < 1:
                 raise ValueError(f"{name} = {value:g}: must be at least 1")
 
 
 @dataclass(frozen=True)
 class Actor:
-    """How an actor behaves before it has learned anything."""
+    """How an actor behaves, before it has learned anything and where it goes wrong."""
 
     random_steps: int = 5_000  # uniformly random actions before the policy drives
     random_bound: float = 1.0  # and their largest magnitude
     auto_reset: bool = True  # off only to show what practice without it is worth
+    takeover: str = "none"  # who takes the stick where it goes wrong, one of takeover.WHO
+    takeover_quality: float = 1.0  # 0 (missing) to 1 (clean) of the script that does
 
     def __post_init__(self) -> None:
+        if self.takeover not in WHO:
+            raise ValueError(f"takeover = {self.takeover!r}: must be one of {', '.join(WHO)}")
+        if not 0 <= self.takeover_quality <= 1:
+            raise ValueError(f"takeover_quality = {self.takeover_quality:g}: must lie between 0 and 1")
         if not 0 < self.random_bound <= 1:
             raise ValueError(f"random_bound = {self.random_bound:g}: must lie in (0, 1]")
 

@@ -30,7 +30,6 @@ class Episodes:
 
     seq: int = 0  # of the newest record
     steps: int = 0
-    takeovers: int = 0
     resets: int = 0
     interventions: int = 0
     falls: int = 0
@@ -45,7 +44,6 @@ class Episodes:
             out["env/lap_clean"] = record.events.get("lap_clean", 1.0)
         if record.action is not None:
             self.steps += 1
-            self.takeovers += record.source == "takeover"
             self.falls += "fall" in record.events and record.source != "reset"
             if record.source != "reset":
                 self._episode.append(record)
@@ -57,7 +55,7 @@ class Episodes:
                 "env/episode_return": sum(step.reward for step in self._episode),
                 "env/episode_length": len(self._episode),
                 "env/success": _succeeded(self._episode[-1]),
-                "env/takeovers": self.takeovers / max(self.steps, 1),
+                "env/takeovers": float(np.mean([step.source == "takeover" for step in self._episode])),
             }
             speeds = [step.reading.values["velocity"][0] for step in self._episode if "velocity" in step.reading.values]
             out |= {"env/speed_mps": float(np.mean(speeds))} if speeds else {}

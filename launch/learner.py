@@ -107,6 +107,7 @@ class Learner:
             "task": job.spec.text, "name": job.spec.name, "seed": job.seed, "policy": self.trainer.policy_spec(),
             "random_steps": 0 if len(self.trainer.prior) or job.start else max(0, random_steps - self.trainer.steps),
             "random_bound": job.config.actor.random_bound, "auto_reset": job.config.actor.auto_reset,
+            "takeover": job.config.actor.takeover, "takeover_quality": job.config.actor.takeover_quality,
         }  # fmt: skip
         log.note("compiling the update")
         self.link = LearnerLink(job.bind, catalog.stream_meta(job.spec), welcome, self.journal, expected)

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 TTY_EVERY_S, PLAIN_EVERY_S = 0.5, 10.0
 RATE_OVER = 20  # steps/s and updates/s are means over this many refreshes
+SHARE_OVER = 20  # and what is taken over of so many episodes
 SHOWN = {
     "learn/utd": "UTD {:.3g}",
     "env/episode_return": "return {:.1f}",
@@ -52,6 +53,7 @@ class Log:
         self._failed: set[str] = set()
         self._newest: dict[str, float] = {}
         self._laps: list[float] = []
+        self._taken: deque[float] = deque(maxlen=SHARE_OVER)  # shares of episodes, from the first takeover on
         self._past: deque[tuple[float, int, float]] = deque(maxlen=RATE_OVER)  # time, step, updates
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -60,6 +62,8 @@ class Log:
         self._newest |= finite
         if "env/lap_time_s" in finite:
             self._laps.append(finite["env/lap_time_s"])
+        if "env/takeovers" in finite and (finite["env/takeovers"] or self._taken):
+            self._taken.append(finite["env/takeovers"])
         row = {"step": int(step), "time_s": round(self._clock() - self._start, 3)}
         line = json.dumps(row | dict.fromkeys(values) | finite)
         self._try("metrics.jsonl", self._file.write, line + "\n")
@@ -104,6 +108,8 @@ class Log:
             updates = (seen.get("learn/updates", 0.0) - old_updates) / (now - then)
             parts += [f"{rate:.3g} steps/s", f"{updates:.3g} updates/s"]
         parts += [form.format(seen[name]) for name, form in SHOWN.items() if name in seen]
+        if self._taken:
+            parts.append(f"taken over {sum(self._taken) / len(self._taken):.0%}")
         if self._laps:
             best = min(self._laps)
             parts.append(f"lap {self._laps[-1]:.1f} s (best {best:.1f}, {len(self._laps)} laps)")

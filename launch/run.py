@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..robot_env.takeover import check
 from . import catalog, config
 from .actor import noise_seed, stoppable
 from .config import RunError
@@ -36,6 +37,7 @@ def job_of(options: Any) -> Job:
             "--seed": (options.seed, 0, seed),
             "--preset": (options.preset, "cpu", settings.preset),
             "--set": (config.read(folder, [*options.set, *steps])[0], None, settings),
+            "--takeover": (options.takeover, None, settings.actor.takeover),
             "--prior": (options.prior, [], prior),
             "--from": (options.start, "", start),
         }
@@ -45,12 +47,15 @@ def job_of(options: Any) -> Job:
                 raise RunError(f"{how}: leave out {name} or give the same, or leave out --resume")
     else:
         spec, seed, prior, start = catalog.load_spec(options.task), options.seed, options.prior, options.start
-        settings = config.load(options.preset, catalog.family(spec), [*options.set, *steps])
+        whom = [] if options.takeover is None else [f"actor.takeover={options.takeover}"]
+        settings = config.load(options.preset, catalog.family(spec), [*options.set, *whom, *steps])
         folder = Path(options.out) if options.out else config.new_folder("runs", spec.name.replace(":", "-"))
         if (folder / "config.toml").exists():
             raise RunError(f"{folder} holds a run already; go on with it by --resume, or choose another --out")
     if spec.hindsight and settings.agent.get("n_step", 1) > 1:
         raise config.ConfigError("task.hindsight needs agent.n_step = 1: goals drawn again reward one step")
+    if settings.actor.takeover != "none":
+        check(settings.actor.takeover, spec, catalog.declaration(spec)[1])
     bind = options.bind or "tcp://127.0.0.1:*"
     keys_for(bind, "learner.key")
     return Job(spec, settings, folder, seed, bind, tuple(prior), start, options.resume,
@@ -65,7 +70,8 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
     with (
-        _owned(job.folder), stoppable(lambda: ACTOR_ENDED if child and child.poll() else "") as stopped,
+        _owned(job.folder),
+        stoppable(lambda: ACTOR_ENDED if child and child.poll() is not None else "") as stopped,
         contextlib.closing(Log(job.folder, job.config.learner.steps, tensorboard=job.tensorboard)) as log,
     ):
         try:

@@ -1,4 +1,5 @@
-"""From a person's (or the script's) slow lap, or tries, to a recording, and from a recording or a CSV to a course."""
+"""Who drives instead of a policy, from a person's (or the script's) slow lap, or tries, to a recording, and from a
+recording or a CSV to a course."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ import numpy as np
 from ..drivers.base import DriverError
 from ..drivers.gamepad import Gamepad
 from ..drivers.keyboard import Keyboard
-from ..robot_env import record, task, track
+from ..robot_env import record, takeover, task, track
 from ..robot_env.course import Course
 from ..robot_env.env import RobotEnv
-from ..robot_env.hand import Scripted, show
-from ..robot_env.manipulate import shown_task
+from ..robot_env.gym_env import GymEnv
+from ..robot_env.hand import Scripted, miss, show
+from ..robot_env.manipulate import Manipulate, shown_task
 from ..robot_env.record import Record
 from . import catalog
 from .evaluate import Tally, practise, pursuit
@@ -24,10 +26,9 @@ from .evaluate import Tally, practise, pursuit
 LOOKAHEAD_M = 0.8  # of the scripted driver
 WANDER_RAD = 0.15  # steering noise of a script of quality 0
 WANDER_S = 0.5  # its correlation time
-SPEED_MPS = {"course": 1.0, "manipulate": 0.15}  # of a script, unless told otherwise
+SPEED_MPS = {"course": 1.0, "manipulate": takeover.SCRIPT_MPS}  # of a script, unless told otherwise
 SLOWEST_MPS = 0.2  # a recording that takes longer than at this speed is given up
 OVERLAP_M = 1.0  # driven beyond the last lap, so that the loop closes
-MISS_M = 0.02  # standard deviation of how far beside its object a script of quality 0 grips
 TAUGHT = 0.62  # quality of the script whose tries an arm's demonstrations are: 8 of 10 succeed
 PATIENCE = 10  # tries to one that succeeds, after which a recording is given up
 
@@ -38,14 +39,40 @@ Teacher = Callable[[np.ndarray, np.ndarray], np.ndarray | None]
 @contextmanager
 def teacher(teleop: str, env: RobotEnv, speed_mps: float | None, quality: float, seed: int) -> Iterator[Teacher]:
     """Who drives a recording: `script`, `keyboard` or `gamepad`, which is let go of in the end."""
-    speed_mps = SPEED_MPS[env.task.spec.kind] if speed_mps is None else speed_mps
+    usual_mps = (SPEED_MPS if teleop == "script" else takeover.HAND_MPS)[env.task.spec.kind]
+    speed_mps = usual_mps if speed_mps is None else speed_mps
     if teleop == "script":
         yield (scripted if isinstance(env.task, Course) else shown)(env, speed_mps, quality, seed)
         return
-    device = Keyboard() if teleop == "keyboard" else Gamepad()
+    with opened(teleop) as device:
+        yield by_hand(device, env, speed_mps)
+
+
+@contextmanager
+def intervener(
+    who: str, env: RobotEnv | GymEnv, quality: float, seed: int
+) -> Iterator[takeover.Takeover | None]:
+    """Who takes over from the policy, one of takeover.WHO; a device is let go of in the end. Raises TaskError, or
+    DriverError where the device is not there."""
+    spec, command = env.task.spec, env.command
+    takeover.check(who, spec, command)
+    if who in takeover.BY_HAND:
+        with opened(who) as device:
+            yield takeover.ByHand(device, command, spec.hz, takeover.HAND_MPS[spec.kind])
+    elif who == "script":
+        assert isinstance(env.task, Manipulate)
+        yield takeover.ByScript(env.task, command, quality, seed)
+    else:
+        yield None
+
+
+@contextmanager
+def opened(who: str) -> Iterator[takeover.Device]:
+    """The `keyboard` or the `gamepad`. Raises DriverError."""
+    device = Keyboard() if who == "keyboard" else Gamepad()
     device.open()
     with closing(device):
-        yield by_hand(device, env, speed_mps)
+        yield device
 
 
 def scripted(env: RobotEnv, speed_mps: float, quality: float, seed: int) -> Teacher:
@@ -86,21 +113,20 @@ def shown(env: RobotEnv, speed_mps: float, quality: float, seed: int) -> Teacher
     def drive(obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
         nonlocal script
         if script is None:
-            miss = MISS_M * (1.0 - quality) * rng.standard_normal(3) * (1.0, 1.0, 0.0)
-            script = show(env.command, spec.hz, spec.checkpoints, speed_mps, miss)
+            script = show(env.command, spec.hz, spec.checkpoints, speed_mps, miss(quality, rng))
         return script.wish(env.reading)
 
     env.on_record.append(ended)
     return drive
 
 
-def by_hand(device: Keyboard | Gamepad, env: RobotEnv, speed_mps: float) -> Teacher:
+def by_hand(device: takeover.Device, env: RobotEnv, speed_mps: float) -> Teacher:
     """Full deflection means `speed_mps` and full lock."""
-    command = env.command
+    command, hz = env.command, env.task.spec.hz
 
     def drive(obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
-        steer, speed, stop = device.read()
-        return None if stop else command.to_action(np.array([speed * speed_mps, steer * command.high[1]]))
+        sticks = device.read()
+        return None if sticks.stop else takeover.by_sticks(sticks, command, hz, speed_mps, prev_action)
 
     return drive
 

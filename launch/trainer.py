@@ -49,7 +49,7 @@ class Trainer:
         shape = (config.learner.replay_capacity, *sizes, self.agent.n_step, self.agent.gamma)
         self.replay, self.prior = Replay(*shape), Replay(*shape)
         for i, records in enumerate(prior):
-            for sample in samples(task, records):
+            for sample in samples(task, records, config.learner.takeover_reward):
                 self.prior.add((i, sample.part), sample)
         mini_batches = self.agent.utd, self.agent.batch
         newest_first = getattr(self.agent, "bound_start", None) is not None  # on which its model is measured
@@ -90,10 +90,12 @@ class Trainer:
     def push(self, stream: str, record: Record, train: bool = True) -> dict[str, float]:
         """Insert a record and make its step's updates. Returns the `env/...` metrics it completes."""
         if stream not in self._streams:
-            self._streams[stream] = Fold(self.task), Episodes()
+            fold = Fold(self.task, takeover_reward=self.config.learner.takeover_reward)
+            self._streams[stream] = fold, Episodes()
         fold, episodes = self._streams[stream]
         for sample in fold.push(record):
-            self._insert((stream, sample.part), sample, episodes.steps)
+            late = fold.waits and sample.action is not None  # it is the step before
+            self._insert((stream, sample.part), sample, episodes.steps - late)
         metrics = episodes.push(record)
         if record.action is not None:
             self.steps += 1

@@ -18,19 +18,27 @@ LATE_S = 3.0  # after the way should be done, it is not going to arrive
 GRIP_S = 0.8  # for the jaws to close or open
 HOVER_M = 0.07  # above what is gripped, and above the table on the way
 EDGE_M = 0.01  # twice so far from the edges of its area an object is laid down; so far beyond them it may lie
+JAWS_RADPS = 0.8  # of what they are told
 HELD_M = 0.03  # an object closer than this to the tool is between the jaws
+MISS_M = 0.02  # standard deviation of how far beside its object a script of quality 0 grips
 
 
 class Hand:
-    """Where a tool is led, and how its jaws are. The command is (x, y, z, grip): m, m, m, rad."""
+    """Where a tool is led, and how its jaws are. The command is (x, y, z, grip): m, m, m, rad.
 
-    def __init__(self, command: Command, hz: float, speed_mps: float = SPEED_MPS) -> None:
+    It begins where the tool is; where `told` (4,) is given, which is a command, there, jaws and all.
+    """
+
+    def __init__(
+        self, command: Command, hz: float, speed_mps: float = SPEED_MPS, told: np.ndarray | None = None
+    ) -> None:
         self._command, self._hz, self._speed = command, hz, speed_mps
         self.low, self.high = np.array(command.low[:3]), np.array(command.high[:3])
         self.shut, self.open = command.action_low[3], command.action_high[3]
-        self._at: np.ndarray | None = None  # led to, so far
+        self._at = None if told is None else np.array(told[:3], float)  # led to, so far
         self._off = np.zeros(3)  # what is added so that the tool is there
-        self.jaws: float | None = None  # rad that they are told; None: as they are
+        self._grip = None if told is None else float(told[3])  # rad that the jaws were told
+        self.jaws = self._grip  # rad that they shall be; None: as they are
 
     def go(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
         """In a straight line to `place` (3,) m, and until it is there."""
@@ -67,10 +75,13 @@ class Hand:
             self.jaws = float(reading.values["joint_position"][5]) if self.jaws is None else self.jaws
 
     def pick(self, reading: Reading, error: np.ndarray | None = None) -> Motion:
-        """Grip the object, where it is seen or that far (3,) m from it."""
-        self.jaws = self.open
+        """Grip the object, where it is seen or that far (3,) m from it: from above, if not at once."""
         place = reading.values["object"] + (np.zeros(3) if error is None else error)
-        reading = yield from self.go(reading, place + (0.0, 0.0, HOVER_M), 3 * ARRIVED_M)
+        above = np.linalg.norm((reading.values["tool"] - place)[:2]) < 2 * ARRIVED_M
+        if not (above and reading.values["joint_position"][5] > 0.9 * self.open):
+            self.jaws = self.open
+            reading = yield from self.go(reading, place + (0.0, 0.0, HOVER_M), 3 * ARRIVED_M)
+        self.jaws = self.open
         reading = yield from self.go(reading, place)
         return (yield from self.grip(reading, self.shut))
 
@@ -85,8 +96,11 @@ class Hand:
         return (yield from self.go(reading, place - held, arrived_m))
 
     def _told(self) -> np.ndarray:
-        assert self._at is not None
-        return np.array([*np.clip(self._at + self._off, self.low, self.high), self.jaws])
+        assert self._at is not None and self.jaws is not None
+        most = JAWS_RADPS / self._hz
+        grip = self.jaws if self._grip is None else self._grip
+        self._grip = grip + min(max(self.jaws - grip, -most), most)
+        return np.array([*np.clip(self._at + self._off, self.low, self.high), self._grip])
 
 
 def holds(reading: Reading) -> bool:
@@ -179,23 +193,32 @@ def _within(reading: Reading, low: np.ndarray, high: np.ndarray) -> bool:
     return bool((low <= place[:2]).all() and (place[:2] <= high).all() and place[2] > -HELD_M)
 
 
+def miss(quality: float, rng: np.random.Generator) -> np.ndarray:
+    """(3,) m: how far a script of that quality, 0 to 1, is off this time."""
+    return MISS_M * (1.0 - quality) * rng.standard_normal(3) * (1.0, 1.0, 0.0)
+
+
 def show(
-    command: Command, hz: float, checkpoints: Sequence[Checkpoint], speed_mps: float, error: np.ndarray
+    command: Command, hz: float, checkpoints: Sequence[Checkpoint], speed_mps: float, error: np.ndarray,
+    told: np.ndarray | None = None, held: bool = True,
 ) -> Scripted:
     """A try by script: each checkpoint in turn, and then it stays. An object that is to be moved is gripped first.
 
     `error` (3,) m: so far it misses the object when it grips, or the first place of one that it holds already.
+    `told`: as of `Hand`. `held`: whether an object that is to be moved at first is between the jaws.
     """
-    hand = Hand(command, hz, speed_mps)
+    hand = Hand(command, hz, speed_mps, told)
 
     def motion(reading: Reading) -> Motion:
-        off = error
+        off, gripped = error, held
         for goal, following in zip(checkpoints, (*checkpoints[1:], None), strict=True):
             place = np.array(goal.at) + (reading.values["object"] if goal.near == "object" else 0.0)
             if goal.of == "object":
+                if not gripped:
+                    reading, off, gripped = (yield from hand.pick(reading, off)), np.zeros(3), True
                 reading = yield from hand.carry(reading, place + off, goal.radius_m / 2)
             elif goal.near == "object" and following is not None and following.of == "object":
-                reading, off = (yield from hand.pick(reading, off)), np.zeros(3)
+                reading, off, gripped = (yield from hand.pick(reading, off)), np.zeros(3), True
             else:
                 reading = yield from hand.go(reading, place + off, goal.radius_m / 2)
         while True:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .record import Record
 from .safety import CLAMPS
-from .task import Task
+from .task import Outcome, Task
 
 TAKEOVER = "takeover"
 TRAINED_SOURCES = ("policy", TAKEOVER, "teacher")
@@ -37,11 +37,13 @@ class Fold:
     """Turns the records of one stream, in order, into samples of a task.
 
     With `relabel` the reward and the termination are computed again by the task (a recording made for
-    another task, or before there was one); otherwise they are the recorded ones.
+    another task, or before there was one); otherwise they are the recorded ones. With `takeover_reward` the step
+    before a takeover begins has that reward, and every other step none (RLIF, systems.md 7).
     """
 
-    def __init__(self, task: Task, relabel: bool = False) -> None:
-        self._task, self._relabel = task, relabel
+    def __init__(self, task: Task, relabel: bool = False, takeover_reward: float | None = None) -> None:
+        self._task, self._relabel, self._takeover_reward = task, relabel, takeover_reward
+        self.waits = relabel or takeover_reward is not None  # a step is complete when the record after it is there
         self._progress: Any = None
         self._action, self._boxed = task.rest, _boxed(task.rest)  # executed before, and that within [-1, 1]
         self._pending: Sample | None = None
@@ -49,7 +51,7 @@ class Fold:
         self._last: Record | None = None  # the record before
 
     def push(self, record: Record) -> list[Sample]:
-        """The samples that `record` completes: itself, or with `relabel` the one before it."""
+        """The samples that `record` completes: itself, or where that `waits` the one before it."""
         outcome = None
         last, self._last = self._last, record
         lost = last is not None and last.seq != record.seq - 1
@@ -72,17 +74,25 @@ class Fold:
         ended = record.terminated, record.truncated
         takeover = record.source == TAKEOVER
         sample = Sample(obs, before, action, record.reward, *ended, train, self._part, takeover)
-        if not self._relabel:
+        if not self.waits:
             return [sample]
         done, self._pending = self._pending, sample if action is not None else None
-        if done is not None and outcome is not None:
-            over = outcome.terminated or outcome.truncated
-            out.append(replace(done, reward=outcome.reward, terminated=outcome.terminated, truncated=outcome.truncated))
-            if over and action is not None:  # the task ends here though the recording goes on
-                out.append(replace(sample, action=None, train=False))
+        if done is not None:
+            out.append(self._complete(done, outcome, action is not None and takeover))
+            if (out[-1].terminated or out[-1].truncated) and action is not None:
+                out.append(replace(sample, action=None, train=False))  # the task ends, though the recording goes on
         if action is None:
             out.append(sample)
         return out
+
+    def _complete(self, done: Sample, outcome: Outcome | None, takeover: bool) -> Sample:
+        """The sample before, after whose step `outcome` was found; `takeover`: a person drives on."""
+        if self._relabel and outcome is not None:
+            ended = outcome.terminated, outcome.truncated
+            done = replace(done, reward=outcome.reward, terminated=ended[0], truncated=ended[1])
+        if self._takeover_reward is not None:
+            done = replace(done, reward=self._takeover_reward if takeover and not done.takeover else 0.0)
+        return done
 
     def close(self) -> list[Sample]:
         """The end of a recording that was cut short: its last observation closes the segment."""
@@ -95,9 +105,9 @@ def _boxed(action: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(action, _LOW), _HIGH)
 
 
-def samples(task: Task, records: Iterable[Record]) -> Iterator[Sample]:
+def samples(task: Task, records: Iterable[Record], takeover_reward: float | None = None) -> Iterator[Sample]:
     """The samples of a recording under `task`: reward and termination computed again where it can."""
-    fold = Fold(task, relabel=task.relabels)
+    fold = Fold(task, task.relabels, takeover_reward)
     for record in records:
         yield from fold.push(record)
     yield from fold.close()

@@ -117,12 +117,21 @@ TYPED = {
     "a negative seed": (["run", "fake.toml", "--seed", "-1"], "whole number from 0"),
     "no steps": (["run", "fake.toml", "--steps", "0"], "whole number from 1"),
     "no such task": (["run", "nope"], "no task 'nope': .*car-loop"),
-    "no such preset": (["run", "fake.toml", "--preset", "gpu"], "no preset 'gpu'; give aprl, cpu, full"),
+    "no such preset": (["run", "fake.toml", "--preset", "gpu"], "no preset 'gpu'; give aprl, cpu, full, rlif"),
     "no such setting": (["run", "fake.toml", "--set", "agent.gama=0.9"], "agent.gama is no setting; .*gamma"),
     "no such section": (["run", "fake.toml", "--set", "actr.x=1"], "actr is no setting; valid are agent"),
     "not a setting": (["run", "fake.toml", "--set", "gamma"], "write section.key=value"),
     "out of range": (["run", "fake.toml", "--set", "agent.gamma=2"], "gamma = 2.0: must lie between 0 and 1"),
     "no such algorithm": (["run", "fake.toml", "--set", "agent.algorithm=ppo"], "unknown algorithm 'ppo'; .*rlpd"),
+    "nobody who takes over": (["run", "fake.toml", "--takeover", "ghost"], "'ghost' .*none.*script.*keyboard.*gamepad"),
+    "nobody who takes over, set": (
+        ["run", "fake.toml", "--set", "actor.takeover=ghost"],
+        "takeover = 'ghost': must be one of none, script, keyboard, gamepad",
+    ),
+    "a script for no tool": (["learner", "fake.toml", "--takeover", "script"], "fake: .*kind manipulate, not course"),
+    "a script for no tool, alone": (["actor", "fake.toml", "--takeover", "script"], "fake: .*kind manipulate"),
+    "a person in a gym": (["run", "gym:Pendulum-v1", "--takeover", "gamepad"], "a person takes over cars on a course"),
+    "rewards for nobody": (["run", "fake.toml", "--preset", "cpu,rlif"], "takeover_reward pays for .*--takeover"),
     "nothing to resume": (["run", "fake.toml", "--resume"], "not a run folder .*runs lie in runs/"),
     "resume nowhere": (["run", "fake.toml", "--resume", "--out", "x"], "x: not a run folder"),
     "no prior": (["run", "fake.toml", "--prior", "lap", *TINY], "lap cannot be read: .*tether record"),
@@ -297,6 +306,18 @@ def test_a_run_of_another_version(run, command, capsys):
     edit(run / "config.toml", "format = 1", "format = 99")
     line = refused(capsys, *command, run)
     assert "this version reads 1" in line and "config.toml" in line
+
+
+def test_who_takes_over_is_what_a_run_began_with(run, capsys):
+    resume = "run", "fake.toml", "--resume", "--out", run, "--steps", 60
+    assert "--takeover is not what" in refused(capsys, *resume, "--takeover", "gamepad")
+    assert tether(*resume, "--takeover", "none") == 0
+
+
+def test_a_keyboard_needs_a_terminal_before_anything_begins(capsys, monkeypatch):
+    monkeypatch.setattr(os, "isatty", lambda file: False)
+    said = refused(capsys, "run", "fake.toml", "--takeover", "keyboard", "--out", "run")
+    assert "--takeover keyboard: this is no terminal" in said and not Path("run").exists()
 
 
 def test_a_run_that_is_there_is_not_overwritten(run, capsys):

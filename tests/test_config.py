@@ -97,6 +97,10 @@ def test_set_takes_toml_values_and_bare_words():
         ("learner.steps=0", "[learner] steps = 0: must be at least 1"),
         ("learner.prior_share=1.5", "[learner] prior_share = 1.5: must lie between 0 and 1"),
         ("learner.prior_share_end=-0.1", "[learner] prior_share_end = -0.1: must lie between 0 and 1"),
+        ("actor.takeover=ghost", "[actor] takeover = 'ghost': must be one of none, script, keyboard, gamepad"),
+        ("actor.takeover=1", "actor.takeover must be a text in quotes, not 1"),
+        ("actor.takeover_quality=1.5", "[actor] takeover_quality = 1.5: must lie between 0 and 1"),
+        ("learner.takeover_reward=yes", "learner.takeover_reward must be a number or \"none\", not 'yes'"),
         ("learner.prior_anneal=-1", "[learner] prior_anneal = -1: must not be negative"),
         ("gamma=0.9", "write section.key=value"),
         ("agent.gamma", "write section.key=value"),
@@ -117,7 +121,7 @@ def test_an_unknown_algorithm_is_named():
 
 
 def test_a_wrong_preset_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no preset 'fast'; give aprl, cpu, full, sim2real or the path"):
+    with pytest.raises(ConfigError, match="no preset 'fast'; give aprl, cpu, full, rlif, sim2real or the path"):
         config.load("fast", "course")
     for text, says in (
         ("[agent", "cannot be read as TOML"),
@@ -198,6 +202,13 @@ def test_aprl_and_sim2real_stand_on_another_preset():
     assert dict(bound.agent) == dict(plain.agent) | {"bound_start": 0.35} and bound.actor.random_bound == 0.35
     assert dict(on.agent) == dict(plain.agent) | {"actor_lr": 1e-5, "actor_every": 20}
     assert on.learner.prior_anneal == 12_500 and on.actor == plain.actor
+
+
+def test_rlif_pays_for_nothing_but_takeovers():
+    plain, paid = config.load("cpu", "manipulate"), config.load("cpu,rlif", "manipulate")
+    assert plain.learner == dataclasses.replace(paid.learner, takeover_reward=None) != paid.learner
+    assert paid.learner.takeover_reward == -1.0 and plain.actor == paid.actor
+    assert dict(paid.agent) == dict(plain.agent) | {"backup_entropy": False}
 
 
 @pytest.mark.parametrize("wrong", [0, 1.5])

@@ -272,6 +272,8 @@ def test_blocks_of_steps_are_held_out_and_measured_on(monkeypatch):
     apart, rest, whole = drawable(every._aside), drawable(every.replay), drawable(none.replay)
     assert not apart & rest and apart | rest == whole
     assert len(apart) == pytest.approx(len(whole) / 4, rel=0.2)
+    paid = trained(records, "learner.held_out=4", "learner.takeover_reward=-1")  # its samples are complete a step later
+    assert (drawable(paid._aside), drawable(paid.replay)) == (apart, rest)
     every.metrics()
     found = every.metrics()  # told the next time, so that nothing waits
     assert found["learn/held_out_loss"] > 0 and "learn/held_out_loss" not in none.metrics() | none.metrics()

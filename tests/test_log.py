@@ -135,6 +135,18 @@ def test_progress_says_what_a_person_wants_to_know(tmp_path):
     assert third.startswith("0:07:01 | step 1,100/12,000 | 2.61 steps/s") and third.endswith("ETA 1:09:31")
 
 
+def test_progress_says_how_much_is_taken_over_once_there_is_any(tmp_path):
+    clock, stream = Clock(), io.StringIO()
+    with closing(Log(tmp_path, stream=stream, clock=clock)) as out:
+        for shares in ([0.0] * 30, [0.5, 0.0], [0.0] * 20):
+            for share in shares:
+                out.write(1, {"env/takeovers": share})
+            out.show(1)
+            clock.now += 20
+    first, second, third = stream.getvalue().splitlines()
+    assert "taken over" not in first and "| taken over 25%" in second and "| taken over 0%" in third
+
+
 def test_progress_is_drawn_over_on_a_terminal_and_notes_stay(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     clock, stream = Clock(), Terminal()

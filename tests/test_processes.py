@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import resource
 import signal
 import subprocess
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -43,11 +45,11 @@ def here(tmp_path, monkeypatch):
 
 
 @contextmanager
-def tether(*arguments: object):
+def tether(*arguments: object, stdin: int | None = None):
     """A process of ours, its output in a file; killed at the end if it has not ended."""
     log = open(f"{arguments[0]}-{time.monotonic_ns()}.log", "w+")
     command = [*TETHER, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
+    process = subprocess.Popen(command, stdin=stdin, stdout=log, stderr=log)
     try:
         yield process
     finally:
@@ -290,6 +292,7 @@ def resumed(*arguments: str) -> Job:
     ("--seed", ["fake.toml", "--seed", "4"]), ("--preset", ["fake.toml", "--preset", "cpu,full"]),
     ("--set", ["fake.toml", "--set", "agent.gamma=0.8"]), ("--prior", ["fake.toml", "--prior", "lap", "more"]),
     ("--from", ["fake.toml", "--from", "another"]), ("TASK", ["car-loop"]),
+    ("--takeover", ["fake.toml", "--takeover", "gamepad"]),
 ])  # fmt: skip
 def test_a_resumed_run_refuses_what_it_did_not_begin_with(name, arguments):
     begun()
@@ -344,6 +347,32 @@ def test_an_actor_that_fails_ends_the_run_with_its_reason(monkeypatch):
     (log,) = Path().glob("run-*.log")
     assert re.search(r"tether: error: the actor ended with status -9; .*--resume", log.read_text())
     each_once_and_in_order()
+    restored()
+
+
+def test_a_person_at_the_terminal_of_a_run_takes_over_and_ends_it():
+    keys, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    arguments = "run", "fake.toml", "--out", "run", "--steps", 1_000_000, "--takeover", "keyboard", *TINY
+    try:
+        with tether(*arguments, stdin=terminal) as run:
+            await_(lambda: count() > 5, run)
+            os.write(keys, b"w")
+            await_(lambda: any(r.source == "takeover" for rows in stored().values() for r in rows), run)
+            driven = count()
+            await_(lambda: count() > driven + 20, run)
+            os.write(keys, b"q")
+            assert run.wait(PATIENCE) == 0
+        assert termios.tcgetattr(terminal) == before
+    finally:
+        os.close(keys)
+        os.close(terminal)
+    (records,) = each_once_and_in_order().values()
+    taken = [r.seq for r in records if r.source == "takeover" and r.action is not None]
+    speeds = [r.reading.values["velocity"][0] for r in records if r.seq in taken]
+    assert 0 < len(taken) < 20 and taken[-1] - taken[0] == len(taken) - 1  # one key, and then the policy's again
+    assert max(np.diff([r.time for r in records if r.action is not None])) < 0.11 and min(speeds) < 1.2
+    assert [r.source for r in records if r.action is not None][-1] == "policy"
     restored()
 
 

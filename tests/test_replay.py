@@ -1,7 +1,7 @@
 """The ring of steps against a naive list of episodes, whatever the streams, flags and capacity; strata and frames."""
 
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from zlib import crc32
 
@@ -442,8 +442,9 @@ def test_an_update_has_its_batch_to_itself_while_the_next_one_is_drawn(trainer, 
     assert len(calls) > 30
 
 
-def test_a_resumed_training_draws_what_an_uninterrupted_one_draws(trainer, records, tmp_path):
-    settings = ("agent.utd=2", "agent.batch=16", "agent.n_step=3", "learner.prior_anneal=60")
+@pytest.mark.parametrize("more", [(), ("learner.takeover_reward=-1",)])
+def test_a_resumed_training_draws_what_an_uninterrupted_one_draws(trainer, records, tmp_path, more):
+    settings = ("agent.utd=2", "agent.batch=16", "agent.n_step=3", "learner.prior_anneal=60", *more)
     whole = trainer(*settings, prior=[records])
     for i, record in enumerate(records):
         whole.push("a", record)
@@ -457,6 +458,22 @@ def test_a_resumed_training_draws_what_an_uninterrupted_one_draws(trainer, recor
     for record in records:
         resumed.push("a", record, train=record.seq > cursor["a"])
     assert resumed.updates == whole.updates and resumed.state["sum"] == whole.state["sum"] != saved
+
+
+def test_where_takeovers_are_the_reward_neither_run_nor_prior_data_have_another(trainer, records):
+    shown = [replace(record, source="teacher") for record in records]
+    made, plain = (trainer(*more, prior=[shown]) for more in (["learner.takeover_reward=-1"], []))
+    rewards = []
+    for training in (made, plain):
+        for record in records:
+            training.push("a", record, train=False)
+        rewards += [set(replay.sample(np.random.default_rng(0), 2000)["reward"]) for replay in
+                    (training.replay, training.prior)]  # fmt: skip
+    assert rewards[:2] == [{0.0, -1.0}, {0.0}] and min(map(len, rewards[2:])) > 20
+    assert len(made.replay) == len(plain.replay) and made.replay.takeovers == plain.replay.takeovers
+    begun = sum(b.source == "takeover" != a.source for a, b in zip(records, records[1:], strict=False)
+                if a.action is not None and b.action is not None)  # fmt: skip
+    assert begun > 5 and sum(made.replay._links["reward"]) == -begun
 
 
 def test_takeovers_are_known_by_the_source_of_their_record(trainer, records):

@@ -135,3 +135,59 @@ def test_who_is_learned_from(source, trained):
     made, records = recording(HERE, 20)
     record = next(r for r in records if r.action is not None and (np.abs(r.action) <= 1).all())
     assert Fold(made).push(replace(record, source=source))[0].train is trained
+
+
+# --- takeovers as the reward (RLIF)
+
+
+def driven_by(records: list, seed: int = 3) -> list:
+    """The same records, taken over now and then; and whether a takeover begins after each."""
+    rng, source, found = np.random.default_rng(seed), "policy", []
+    for record in records:
+        if rng.random() < 0.3:
+            source = "takeover" if source == "policy" else "policy"
+        found.append(record if record.source == "reset" else replace(record, source=source))
+    steps = [r.action is not None and r.source for r in found]
+    return found, [now == "policy" and then == "takeover" for now, then in zip(steps, [*steps[1:], ""], strict=True)]
+
+
+def rewarded(made, records: list, reward: float | None, relabel: bool = False) -> list:
+    fold = Fold(made, relabel, reward)
+    return [sample for record in records for sample in fold.push(record)] + fold.close()
+
+
+@pytest.mark.parametrize("relabel", [False, True])
+def test_only_the_step_before_a_takeover_begins_is_paid_for(relabel):
+    made, records = recording(HERE, 400)
+    records, begins = driven_by(records)
+    plain, paid = (rewarded(made, records, reward, relabel) for reward in (None, -2.0))
+    assert len(paid) == len(plain)
+    for a, b in zip(plain, paid, strict=True):  # all else stays as it is, terminations too
+        same = replace(b, reward=a.reward, obs=a.obs, prev_action=a.prev_action, action=a.action)
+        assert a == same and (a.obs == b.obs).all() and (a.prev_action == b.prev_action).all()
+        assert (a.action is None and b.action is None) or (a.action == b.action).all()
+    found = [sample.reward for sample in rows(paid)]
+    expected = [-2.0 * before for record, before in zip(records, begins, strict=True) if record.action is not None]
+    assert found == expected and sum(begins) > 20
+    assert sum(abs(s.reward) for s in rows(plain)) > 1.0
+
+
+def test_a_takeover_from_the_first_step_on_is_not_paid_for_by_the_episode_before():
+    made, records = recording(HERE, 100)
+    records = [replace(r, source="takeover") if r.source == "teacher" else r for r in records]
+    assert any(r.action is None for r in records[:-1])
+    assert {s.reward for s in rows(rewarded(made, records, -1.0))} == {0.0}
+
+
+def test_a_recording_of_a_teacher_is_paid_for_nothing():
+    made, records = recording(HERE, 100)
+    assert {s.reward for s in rows(samples(made, records, -1.0))} == {0.0}
+
+
+def test_a_step_whose_successor_was_lost_is_not_a_step_with_another_reward():
+    made, records = recording(HERE, 60)
+    records, _ = driven_by([r for r in records if r.source != "reset"][:20])
+    lost = records[:8] + records[9:]
+    found = rewarded(made, lost, -1.0)
+    assert [s.part for s in found] == [0] * 8 + [1] * (len(found) - 8) and found[7].action is None
+    assert {s.reward for s in rows(found)} == {0.0, -1.0}
