@@ -106,8 +106,8 @@ class Replay:
         obs, action, prev_action; reward: sum of the next n_step discounted rewards, fewer where the
         segment, or what is trained on, ends before; discount: gamma^k, 0 only after a true terminal;
         next_obs and next_prev_action: k steps later, where the value is bootstrapped; return_max: the same
-        in all rows. With images
-        obs/NAME and next_obs/NAME: uint8 (n, stack, height, width, channels), the newest frame last.
+        in all rows; shown: 0 (`Strata` says where it is 1). With images obs/NAME and next_obs/NAME:
+        uint8 (n, stack, height, width, channels), the newest frame last.
         """
         return self._sample(rng, n, future=False)
 
@@ -124,7 +124,7 @@ class Replay:
         obs, action = (len(self._parts[name]) for name in ("obs", "action"))
         widths = {"obs": obs, "action": action, "prev_action": action, "next_obs": obs, "next_prev_action": action}
         out = {name: _aligned((n, width)) for name, width in widths.items()}
-        out |= {name: _aligned((n,)) for name in ("reward", "discount", "return_max")}
+        out |= {name: _aligned((n,)) for name in ("reward", "discount", "return_max", "shown")}
         if future:
             out["future_obs"] = _aligned((n, obs))
         for name, shape in self._frames.shapes.items() if self._frames else ():
@@ -168,6 +168,7 @@ class Replay:
 
     def _sample(self, rng: np.random.Generator, n: int, future: bool) -> Batch:
         out = self._empty(n, future)
+        out["shown"][:] = 0.0
         out["return_max"][:] = self.return_max
         self._fill(out, self._drawable.draw(rng, n), rng)
         return out
@@ -260,6 +261,7 @@ class Strata:
     def draw(self, rng: np.random.Generator, share: float) -> Batch:
         """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior;
         with `future` as from `Replay.sample_future`; with `newest_first` the online rows begin with the newest step.
+        `shown` is 1 in the rows of the prior stratum.
 
         Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
         them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
@@ -281,6 +283,7 @@ class Strata:
         ):
             if count:
                 part = {name: values[:, at : at + count] for name, values in batches.items()}
+                part["shown"][:] = pool is not online._drawable
                 slots = pool.draw(rng, (self._utd, count))
                 if self._newest_first and pool is online._drawable:
                     slots[:, 0] = pool.newest

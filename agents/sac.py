@@ -2,7 +2,8 @@
 
     y    = reward + discount * (V'(s', a') [- temperature * log pi(a'|s')]),  a' ~ pi(s')
     once every `actor_every` critic updates, on the last of their mini-batches:
-    L_pi = mean of temperature * log pi(a|s) - Q(s, a)
+    L_pi = mean of temperature * log pi(a|s) - Q(s, a), and of `imitation` * ((a - executed) / max_delta)^2 where the
+        step was shown: prior data and takeovers
     L_t  = temperature * (entropy - target entropy)
 
 An algorithm adds its critic: how it is made, how it is fitted to one mini-batch, what the actor sees of it
@@ -54,6 +55,8 @@ class Config:
     utd: int = 20  # critic updates per step
     actor_every: int | None = None  # critic updates to one of actor and temperature; None: as many as a step has
     max_delta: float | None = None  # largest change of an action per step
+    relative: bool = False  # the critics see by what share of `max_delta` an action changes, not the action
+    imitation: float = 0.0  # weight of the actor's distance from the executed actions that the critics think better
     bound_start: float | None = None  # beyond this an action costs (see `bound`); None: there is no such bound
     bound_end: float = 0.6  # and beyond this after so many steps without a surprise
     bound_steps: int = 30_000
@@ -66,6 +69,11 @@ class Config:
                 self.period >= 1 and (self.utd % self.period == 0 or self.period % self.utd == 0),
                 f"must divide utd = {self.utd}, or be a multiple of it",
             ),
+            "relative": (
+                not self.relative or (self.max_delta is not None and self.bound_start is None),
+                "needs max_delta, and no bound_start",
+            ),
+            "imitation": (self.imitation >= 0, "must not be negative"),
             "init_temperature": (self.init_temperature > 0, "must be above 0"),
             "bound_start": (self.bound_start is None or 0 < self.bound_start <= 1, "must lie in (0, 1] or be None"),
             "bound_end": ((self.bound_start or 0) <= self.bound_end <= 1, "must lie between bound_start and 1"),
@@ -222,6 +230,8 @@ def _critics(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple
     key, next_key, fit_key = jax.random.split(state.key, 3)
     # the actor is constant until the critics are done: one forward pass for all mini-batches
     next_action, bonus = _following(critic, cfg, state, batches, next_key)
+    next_action = seen(cfg, next_action, batches["next_prev_action"])
+    batches = batches | {"action": seen(cfg, batches["action"], batches["prev_action"])}
     keys = jax.random.split(fit_key, bonus.shape[0])
     fit = critic.at_once(cfg) or partial(fit_all, critic)
     online, target, opt, losses, values = fit(cfg, state, batches, next_action, bonus, keys)
@@ -268,8 +278,13 @@ def _actor(critic: Critic, cfg: Config, state: State, batch: Batch) -> tuple[Sta
         action, log_prob, stats = sample_train(
             cfg, critic, variables, batch["obs"], batch["prev_action"], actor_key
         )
-        value = critic.value(cfg, state.critic, batch["obs"], action, value_key)
-        return (temperature * log_prob - value).mean(), (-log_prob.mean(), stats)
+        looked = seen(cfg, action, batch["prev_action"])
+        value = critic.value(cfg, state.critic, batch["obs"], looked, value_key)
+        loss = (temperature * log_prob - value).mean()
+        if cfg.imitation:
+            off = (action - batch["action"]) / (cfg.max_delta or 1.0)
+            loss += cfg.imitation * (jnp.square(off).mean(-1) * batch["shown"]).mean()
+        return loss, (-log_prob.mean(), stats)
 
     (loss, (entropy, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.actor["params"])
     params, actor_opt = _descend(adam(cfg, cfg.actor_lr), grads, state.actor_opt, state.actor["params"])
@@ -322,6 +337,11 @@ def squashed(
     return into(low, high, action), log_prob - jnp.log(0.5 * (high - low)).sum(-1)
 
 
+def seen(cfg: Config, action: jax.Array, prev_action: jax.Array) -> jax.Array:
+    """What the critics see of an action: itself, or by what share of `max_delta` it differs from the one before."""
+    return (action - prev_action) / (cfg.max_delta or 1.0) if cfg.relative else action
+
+
 def _descend(tx: optax.GradientTransformation, grads: Any, opt: optax.OptState, params: Any) -> tuple[Any, Any]:
     updates, opt = tx.update(grads, opt, params)
     return optax.apply_updates(params, updates), opt
@@ -354,6 +374,8 @@ def agent(critic: Critic) -> tuple[Callable[..., Any], ...]:
         """The critics' loss on one mini-batch that they were not trained on; leaves (batch, ...)."""
         keys = jax.random.split(state.key)
         next_action, bonus = _following(critic, cfg, state, batch, keys[0])
+        next_action = seen(cfg, next_action, batch["next_prev_action"])
+        batch = batch | {"action": seen(cfg, batch["action"], batch["prev_action"])}
         return critic.fit(cfg, state.critic, state.target, batch, next_action, bonus, keys[1])[0]
 
     return made, act, updated, held_out, frozen, policy_params, policy_spec

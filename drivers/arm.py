@@ -47,7 +47,7 @@ COMMAND = Command(
     # the workspace: in front of it, above the table, all of it within its reach
     low=(0.06, -0.17, 0.010, -0.1),
     high=(0.39, 0.17, 0.22, 1.0),
-    rate=(0.25, 0.25, 0.25, 2.0),
+    rate=(0.25, 0.25, 0.25, 0.8),
     safe=HOME,
     stays=True,
     measured=("tool[0]", "tool[1]", "tool[2]", "joint_position[5]"),

@@ -43,7 +43,7 @@ ROBOTS = {
         "tether.drivers.quadruped", "tether.sim.quadruped:QuadrupedTwin", None, "Go1-class quadruped, 12 kg, 12 joints",
         "tether.robot_env.legs:Legged", "walk",
     ),
-    "arm": RobotRow("tether.drivers.arm", "tether.sim.arm:ArmTwin", None, "SO-101-class arm, six servos, a gripper"),
+    "arm": RobotRow("tether.drivers.arm", "tether.sim.arm:ArmTwin", None, "SO-101-class arm, six servos"),
     "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, "a point on a plane, for tests"),
 }  # fmt: skip
 KINDS = {

@@ -84,6 +84,8 @@ def course(options: Namespace) -> Said:
         raise TaskError(f"--out {out}: a task file's name ends in .toml")
     result = teach.make_course(file, out, options.length, options.width, options.checkpoints)
     text = "{file}: {checkpoints} checkpoints on {length_m} m, {width_m} m wide\nnext: tether record {file}"
+    if not result["length_m"]:  # no way along the floor
+        text = "{file}: {checkpoints} checkpoints\nnext: tether run {file} --prior " + str(file)
     return text.format(**result), result
 
 
@@ -145,6 +147,9 @@ def demo(options: Namespace) -> Said:
     if options.robot == "quadruped":
         result = chain.quadruped(out, options.seed, _progress)
         text = "{speed_mps:.2f} m/s, {falls} falls in {episodes} episodes"
+    elif options.robot == "arm":
+        result = chain.arm(out, options.seed, _progress)
+        text = "{success_rate:.0%} of {episodes} tries in {cycle_s} s (shown in {shown_s} s)"
     else:
         result = chain.car(out, options.seed, _progress)
         text = "lap {lap_time_s} s (demonstration {demo_lap_s} s), {clean_laps} clean laps in a row"

@@ -18,7 +18,7 @@ from ..robot_env.course import Course
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
 from ..robot_env.hand import Scripted, miss, show
-from ..robot_env.manipulate import Manipulate
+from ..robot_env.manipulate import Manipulate, shown_task
 from ..robot_env.record import Record
 from . import catalog
 from .evaluate import Tally, practise, pursuit
@@ -29,6 +29,7 @@ WANDER_S = 0.5  # its correlation time
 SPEED_MPS = {"course": 1.0, "manipulate": takeover.SCRIPT_MPS}  # of a script, unless told otherwise
 SLOWEST_MPS = 0.2  # a recording that takes longer than at this speed is given up
 OVERLAP_M = 1.0  # driven beyond the last lap, so that the loop closes
+TAUGHT = 0.62  # quality of the script whose tries an arm's demonstrations are: 8 of 10 succeed
 PATIENCE = 10  # tries to one that succeeds, after which a recording is given up
 
 # (observation, previous action) -> (a,) wish in action units, or None to stop
@@ -215,6 +216,8 @@ def make_course(
     else:
         meta, records = record.read_recording(file)
         driven = task.parse(meta.task, file.name, f"{file} (its task)")
+        if driven.kind == "manipulate":
+            return _make_manipulation(driven, records, out, checkpoints)
         places = np.array([r.reading.values["pose"][:2] for r in records if r.source != "reset"], np.float64)
         first, last = track.find_loop(places, meta.hz)
         line = track.lap_line(places[first:last])
@@ -223,11 +226,26 @@ def make_course(
     known = centerline if len(centerline) else None
     chosen, radius = track.place_checkpoints(line, checkpoints, known, width_m or None)
     text = track.task_toml(centerline, width_m, chosen, radius, **rates)
-    catalog.make_task(task.parse(text, out.stem, str(out)))  # what we write, we can read
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".new").write_text(text, encoding="utf-8")  # on a full disk an older file stays whole
-    out.with_suffix(".new").replace(out)
+    _write(text, out)
     return {
         "file": str(out), "checkpoints": len(chosen), "width_m": round(width_m, 3),
         "length_m": round(track.Line(line, True).length, 2),
     }  # fmt: skip
+
+
+def _make_manipulation(
+    driven: task.TaskSpec, records: list[Record], out: Path, checkpoints: int | None
+) -> dict[str, Any]:
+    """The same task with checkpoints from recorded tries."""
+    if checkpoints == 1:
+        raise task.TaskError("--checkpoints 1: at least 2, where the object is gripped and where it ends")
+    text = shown_task(driven, records, checkpoints or 2)
+    _write(text, out)
+    return {"file": str(out), "checkpoints": text.count("[[checkpoint]]"), "width_m": 0.0, "length_m": 0.0}
+
+
+def _write(text: str, out: Path) -> None:
+    catalog.make_task(task.parse(text, out.stem, str(out)))  # what we write, we can read
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".new").write_text(text, encoding="utf-8")  # on a full disk an older file stays whole
+    out.with_suffix(".new").replace(out)

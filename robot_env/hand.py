@@ -16,8 +16,9 @@ GAIN, MOST_M = 2.0, 0.03  # 1/s: how fast a tool that stays off its place is cor
 ARRIVED_M = 0.006  # closer than this
 LATE_S = 3.0  # after the way should be done, it is not going to arrive
 GRIP_S = 0.8  # for the jaws to close or open
-JAWS_RADPS = 2.0  # of what they are told
-HOVER_M = 0.07  # above what is gripped
+JAWS_RADPS = 2.0  # of what they are told in a takeover
+HOVER_M = 0.07  # above what is gripped, and above the table on the way
+EDGE_M = 0.01  # twice so far from the edges of its area an object is laid down; so far beyond them it may lie
 HELD_M = 0.03  # an object closer than this to the tool is between the jaws
 MISS_M = 0.02  # standard deviation of how far beside its object a script of quality 0 grips
 
@@ -36,7 +37,7 @@ class Hand:
         self.shut, self.open = command.action_low[3], command.action_high[3]
         self._at = None if told is None else np.array(told[:3], float)  # led to, so far
         self._off = np.zeros(3)  # what is added so that the tool is there
-        self._grip = None if told is None else float(told[3])  # rad that the jaws were told
+        self._grip = None if told is None else float(told[3])  # rad that the jaws are told; None: what they shall be
         self.jaws = self._grip  # rad that they shall be; None: as they are
 
     def go(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
@@ -86,8 +87,9 @@ class Hand:
 
     def carry(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
         """Bring the object that is held to `place`, up first and along then."""
-        high = max(place[2], min(reading.values["tool"][2] + HOVER_M, self.high[2]))
-        reading = yield from self.go(reading, np.array([*reading.values["tool"][:2], high]), 3 * ARRIVED_M)
+        high = max(place[2], HOVER_M)
+        if reading.values["tool"][2] < high:
+            reading = yield from self.go(reading, np.array([*reading.values["tool"][:2], high]), 3 * ARRIVED_M)
         held = reading.values["object"] - reading.values["tool"]
         held *= min(1.0, HELD_M / max(float(np.linalg.norm(held)), 1e-9))  # what was lost is not followed
         reading = yield from self.go(reading, np.array([*(place - held)[:2], high]), 3 * ARRIVED_M)
@@ -95,10 +97,10 @@ class Hand:
 
     def _told(self) -> np.ndarray:
         assert self._at is not None and self.jaws is not None
-        most = JAWS_RADPS / self._hz
-        grip = self.jaws if self._grip is None else self._grip
-        self._grip = grip + min(max(self.jaws - grip, -most), most)
-        return np.array([*np.clip(self._at + self._off, self.low, self.high), self._grip])
+        grip, most = self.jaws, JAWS_RADPS / self._hz
+        if self._grip is not None:
+            grip = self._grip = self._grip + min(max(self.jaws - self._grip, -most), most)
+        return np.array([*np.clip(self._at + self._off, self.low, self.high), grip])
 
 
 def holds(reading: Reading) -> bool:
@@ -126,8 +128,8 @@ class Scripted:
 
 
 class PutBack(Scripted):
-    """A `Recovery`: what is held is laid down somewhere in `area` ((2, 2) m, corners), what lies outside is fetched,
-    the tool goes back up the way it came down, and home: there, or up to `spread_m` off along each axis.
+    """A `Recovery`: the object is laid down anew somewhere in `area` ((2, 2) m, corners), fetched first where it is not
+    held; the tool goes back up the way it came down, and home: there, or up to `spread_m` off along each axis.
 
     Without an area what is held is kept. Where an object cannot be fetched, it asks for a hand.
     """
@@ -146,13 +148,16 @@ class PutBack(Scripted):
         home = self._home[:3] + self._spread * rng.uniform(-1.0, 1.0, 3)
         if area is not None and holds(reading):
             hand.jaws = hand.shut
-            reading = yield from self._lay(reading, rng.uniform(area[0], area[1]))
+            reading = yield from self._lay(reading, rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M))
+            tries = 1
         else:
             reading = yield from self._up(reading)
-        tries = 0
-        while area is not None and tries < self.TRIES and self._in_reach(reading) and not self._lies_well(reading):
+            tries = 0
+        while area is not None and tries < self.TRIES and self._in_reach(reading):
+            if tries and self._lies_well(reading):
+                break
             reading = yield from hand.pick(reading)
-            reading = yield from self._lay(reading, rng.uniform(area[0], area[1]))
+            reading = yield from self._lay(reading, rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M))
             tries += 1
         hand.jaws = hand.shut if area is None else self._home[3]
         reading = yield from hand.go(reading, home, 3 * ARRIVED_M)
@@ -169,16 +174,17 @@ class PutBack(Scripted):
         return (yield from self._up(reading))
 
     def _up(self, reading: Reading) -> Motion:
-        up = reading.values["tool"] + (0.0, 0.0, HOVER_M)
+        x, y, z = reading.values["tool"]
+        up = np.array([x, y, max(z, HOVER_M)])
         return (yield from self._hand.go(reading, up, 3 * ARRIVED_M))
 
     def _lies_well(self, reading: Reading) -> bool:
         """On the table and in the area."""
         assert self._area is not None
-        return _within(reading, self._area[0], self._area[1])
+        return _within(reading, self._area[0] - EDGE_M, self._area[1] + EDGE_M)
 
     def _in_reach(self, reading: Reading) -> bool:
-        return _within(reading, self._hand.low[:2], self._hand.high[:2])
+        return _within(reading, self._hand.low[:2] - EDGE_M, self._hand.high[:2] + EDGE_M)
 
 
 def _within(reading: Reading, low: np.ndarray, high: np.ndarray) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +11,8 @@ import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
 from .fit import check_channels
-from .hand import PutBack
+from .hand import HELD_M, PutBack
+from .record import Record
 from .task import Batch, Checkpoint, Observer, Outcome, Recovery, TaskError, TaskSpec
 
 NEAR_M = 0.1  # divides what is observed of how far tool, object and checkpoint are apart
@@ -119,3 +122,42 @@ class Manipulate:
         goal: Checkpoint = self._checkpoints[min(progress.stage, len(self._checkpoints) - 1)]
         place = np.array(goal.at) + (reading.values["object"] if goal.near == "object" else 0.0)
         return place - reading.values[goal.of]
+
+
+def shown_task(spec: TaskSpec, records: Sequence[Record], count: int = 2) -> str:
+    """The text of `spec` with checkpoints from a recording: the object gripped, and `count` - 1 places on its way, the
+    last where it ended; means over the recorded tries that moved it. Raises TaskError."""
+    ways: list[np.ndarray] = []
+    for part in _tries(records):
+        tool, thing = (np.array([r.reading.values[k] for r in part], float) for k in ("tool", "object"))
+        held = np.flatnonzero(np.linalg.norm(tool - thing, axis=1) < HELD_M)
+        failed = part[-1].events.get("progress", 1.0) < 1.0
+        if len(held) and np.linalg.norm(thing[-1] - thing[held[0]]) > HELD_M and not failed:
+            ways.append(thing[held[0] :])
+    if not ways:
+        raise TaskError(f"{spec.name}: the recording has no try in which the tool moved the object by {HELD_M} m")
+    text = re.sub(r"^\[\[checkpoint\]\].*?(?=^\[|\Z)", "", spec.text, flags=re.M | re.S).rstrip() + "\n"
+    text += f'\n[[checkpoint]]\nof = "tool"\nnear = "object"\nat = [0.0, 0.0, 0.0]\nradius_m = {HELD_M / 2:g}\n'
+    for share in np.linspace(0.0, 1.0, count)[1:]:
+        places = np.array([_along(way, share) for way in ways])
+        spread = float(np.linalg.norm(places - places.mean(0), axis=1).mean())
+        at = ", ".join(f"{v:.3f}" for v in places.mean(0))
+        text += f'\n[[checkpoint]]\nof = "object"\nat = [{at}]\nradius_m = {max(2.0 * spread, 0.02):.3f}\n'
+    return text
+
+
+def _tries(records: Sequence[Record]) -> list[list[Record]]:
+    """The steps of each try that somebody showed."""
+    tries: list[list[Record]] = [[]]
+    for record in records:
+        if record.action is None:
+            tries.append([])
+        elif record.source in ("teacher", "takeover"):
+            tries[-1].append(record)
+    return [part for part in tries if part]
+
+
+def _along(way: np.ndarray, share: float) -> np.ndarray:
+    """The place at this share of the length of a way (n, 3)."""
+    length = np.append(0.0, np.cumsum(np.linalg.norm(np.diff(way, axis=0), axis=1)))
+    return np.array([np.interp(share * length[-1], length, way[:, i]) for i in range(3)])

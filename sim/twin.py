@@ -113,10 +113,9 @@ class World:
                 step(model, data)
                 watch()
             self._steps += n
-            if self._steps % self._batch:
-                continue
             due = [sensor for sensor, period in self._sensors.items() if self._steps % period == 0]
-            self._sample(due, Sensor.put)
+            if due:
+                self._sample(due, Sensor.put)
         if self.data.warning.number.any():
             kinds = [mujoco.mjtWarning(i).name for i in np.flatnonzero(self.data.warning.number)]
             raise DriverError(f"twin: the physics failed ({', '.join(kinds)}); place the robot again")

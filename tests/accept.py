@@ -8,6 +8,7 @@
     make accept TASK=dog-run SEEDS="0 1"             APRL's: preset `aprl` beside narrow joints and free ones
     make accept TASK=dog-changed SEEDS="0 1"         the walks of dog-walk go on where the world has changed
     make accept TASK=dog-course SEEDS=0              10 laps of four checkpoints
+    make accept TASK=arm-pick SEEDS="0 1 2 3 4"      SERL's: 20 demonstrations, a sparse reward; and by cloning
 
 Everything goes through the command line, as a user would. Prints a table; the last line is the JSON's path.
 """
@@ -30,6 +31,8 @@ TETHER = [sys.executable, "-m", "tether.launch.cli"]
 STEPS = 12_000  # 20 minutes of driving at 10 Hz
 WALK_STEPS = 24_000  # 20 minutes of walking at 20 Hz
 GROW_STEPS, COURSE_STEPS, CHANGED_STEPS = 40_000, 24_000, 10_000
+PICK_STEPS, CLONE_STEPS = 15_000, 5_000  # 25 minutes of picking at 10 Hz
+TAUGHT = 0.62  # quality of the teacher, of whose tries 8 of 10 succeed
 CHANGES = {"laden": "payload_kg = 3.0", "slippery": "friction = 0.5", "weak": 'weak = "FR_thigh"'}
 SHIPPED = Path(__file__).parent.parent / "robot_env" / "tasks"
 LAPS = 10
@@ -263,6 +266,31 @@ def circle(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     return found | {"train_s": metrics(run)[-1]["time_s"], "passed": result["laps"] >= 10 and result["falls"] <= 2}
 
 
+def pick(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """SERL's bar: 15,000 steps with 20 demonstrations; cloning of the same; with the first seed also without any."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown, facts = folder / "shown", folder / "shown.json"
+    if not facts.exists():
+        shutil.rmtree(shown, ignore_errors=True)
+        how = "--laps", 20, "--quality", TAUGHT, "--seed", seed
+        facts.write_text(json.dumps(tether("record", options.task, *how, "--out", shown, "--json")))
+    cloning = "--set", "agent.algorithm=bc", "--set", "learner.prior_share=1"
+    ways = {"learned": (PICK_STEPS, ("--prior", shown)), "cloned": (CLONE_STEPS, ("--prior", shown, *cloning))}
+    out: dict[str, Any] = {"teacher": json.loads(facts.read_text())}
+    for name, (steps, given) in (ways | ({"not shown": (PICK_STEPS, ())} if seed == 0 else {})).items():
+        file, run = folder / f"{name}.json", folder / name.replace(" ", "-")
+        if not file.exists():
+            trained(run, seed, steps, options.task, *given)
+            result = tether("eval", run, "--episodes", 100, "--seed", 1000 + seed, "--json")
+            found = {key: result[key] for key in ("success_rate", "cycle_s", "interventions", "policy_ms")}
+            rows = [row for row in metrics(run) if "env/success" in row]
+            curve = [(row["step"], row["env/success"]) for row in rows]
+            file.write_text(json.dumps(found | {"curve": curve, "train_s": metrics(run)[-1]["time_s"]}))
+        out[name] = json.loads(file.read_text())
+    nothing = seed > 0 or out["not shown"]["success_rate"] < 0.1
+    return out | {"passed": nothing and out["learned"]["success_rate"] >= 0.95}
+
+
 def kept(run: Path, seed: int, steps: int, task: Any, *options: Any) -> dict[str, Any]:
     """`trained` and `walks`, once: what came out is kept beside the run."""
     file = run.with_suffix(".json")
@@ -314,7 +342,7 @@ def main() -> None:
     folder = Path(options.out) / Path(options.task).stem
     folder.mkdir(parents=True, exist_ok=True)
     bars = {"demo": demo, "realtime": realtime, "dog-walk": walk, "dog-run": grow, "dog-changed": changed}
-    bar = (bars | {"dog-course": circle}).get(options.task, course)
+    bar = (bars | {"dog-course": circle, "arm-pick": pick}).get(options.task, course)
     results: dict[str, Any] = {}
     for seed in options.seeds:
         file = folder / f"seed-{seed}.json"

@@ -26,6 +26,7 @@ def batches_of(cfg, utd, seed=0):
         "obs": 2 * draw(OBS), "action": draw(ACT), "prev_action": draw(ACT), "reward": 3 * draw(),
         "discount": discount, "next_obs": 2 * draw(OBS), "next_prev_action": draw(ACT),
         "return_max": np.full((utd, cfg.batch), 6.8, np.float32),
+        "shown": (rng.random((utd, cfg.batch)) < 0.5).astype(np.float32),
     }  # fmt: skip
 
 
@@ -399,6 +400,8 @@ def update(algorithm, cfg, state, batches, drawn):
             cfg, actor, algorithm.actor_kind, b["next_obs"], b["next_prev_action"], drawn.next_noise[u]
         )
         bonus = -cfg.backup_entropy * temperature * log_prob
+        next_action = seen(cfg, next_action, b["next_prev_action"])
+        b["action"] = seen(cfg, b["action"], b["prev_action"])
         loss, value, grads, critics = algorithm.fit(cfg, critics, targets, b, next_action, bonus, fit)
         critics = [adam.step(p, g) for adam, p, g in zip(adams, critics, grads, strict=True)]
         if algorithm.unit_kernels:
@@ -413,6 +416,11 @@ def update(algorithm, cfg, state, batches, drawn):
     )  # fmt: skip
 
 
+def seen(cfg, action, prev):
+    """What the critics see of an action."""
+    return (action - prev) / cfg.max_delta if cfg.relative else action
+
+
 def actor_update(algorithm, cfg, state, critic_then, batches, drawn):
     """The update of actor and temperature after that of the critics: loss, first moments, actor."""
     p, log_t = flat(state.actor), float(state.log_temperature)
@@ -421,15 +429,21 @@ def actor_update(algorithm, cfg, state, critic_then, batches, drawn):
     action, log_prob, back, p = policy(
         cfg, p, algorithm.actor_kind, b["obs"], b["prev_action"], drawn.noise, running=False
     )
-    value, value_back = algorithm.value(cfg, members_of(critic_then), b["obs"], action, drawn.masks)
-    grads = back(value_back(np.full(n, -1 / n)), np.full(n, temperature / n))
+    looked = seen(cfg, action, b["prev_action"])
+    value, value_back = algorithm.value(cfg, members_of(critic_then), b["obs"], looked, drawn.masks)
+    off, scale = action - b["action"], cfg.max_delta or 1.0
+    miss = cfg.imitation * ((off / scale) ** 2).mean(-1) * b["shown"]
+    climb = value_back(np.full(n, -1 / n)) / (cfg.max_delta if cfg.relative else 1.0)
+    pull = cfg.imitation * 2 * off / scale**2 / ACT * b["shown"][:, None] / n
+    grads = back(climb + pull, np.full(n, temperature / n))
     adam, temp_adam, entropy = Adam(cfg.actor_lr, cfg.adam_b1), Adam(cfg.temp_lr, cfg.adam_b1), -log_prob.mean()
     actor = adam.step(p, grads)
     log_t = temp_adam.step({"t": log_t}, {"t": temperature * (entropy - cfg.entropy_goal(ACT))})["t"]
     return SimpleNamespace(
         actor=unit(actor) if algorithm.unit_kernels else actor, mu=adam.mu, temp_mu=temp_adam.mu["t"], log_t=log_t,
         metrics={
-            "entropy": entropy, "temperature": temperature, "actor_loss": (temperature * log_prob - value).mean(),
+            "entropy": entropy, "temperature": temperature,
+            "actor_loss": (temperature * log_prob - value + miss).mean(),
         },
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ def test_full_is_rlpd_as_published():
         gamma=0.99, n_step=1, init_temperature=1.0, target_entropy=None, backup_entropy=True, batch=256,
         utd=20, max_delta=None, layer_norm=True, actor_hidden=None, adam_b1=0.9, actor_every=None, dropout=0.0,
         native=False, bound_start=None, bound_end=0.6, bound_steps=30_000, bound_weight=12.0, surprise=1.5,
+        relative=False, imitation=0.0,
     )  # fmt: skip
     assert dict(found.agent) == want
     assert found.algorithm == "rlpd"

@@ -14,7 +14,7 @@ ROOMS = ("agents", "robot_env", "drivers", "sim", "launch")
 MAY_IMPORT = {
     "drivers": set(),
     "robot_env": {"drivers.base"},
-    "sim": {"drivers.base", "drivers.car", "drivers.quadruped", "drivers.leg_odometry"},
+    "sim": {"drivers.base", "drivers.car", "drivers.quadruped", "drivers.leg_odometry", "drivers.arm"},
     "agents": set(),
     "launch": {"agents", "robot_env", "drivers", "sim"},
 }
@@ -37,7 +37,8 @@ LIMIT_CORE = 4500 + 160  # of the car alone, and where other robots join it
 # what carries experience and weights, and keeps them, and what learns: no part of the core
 LINK = {"wire.py", "transport.py", "pump.py", "keys.py", "spool.py", "kept.py", "flight.py", "doctor.py"}
 # of other robots than the car: it has no camera yet, and its tasks take it as it is
-ROBOTS = {"quadruped.py", "leg_odometry.py", "legs.py", "stand_up.py", "walk.py", "fit.py", "frames.py"}
+ROBOTS = {"arm.py", "quadruped.py", "leg_odometry.py", "legs.py", "stand_up.py", "walk.py", "fit.py", "frames.py"}
+ROBOTS |= {"hand.py", "manipulate.py"}
 ALGORITHMS = {"networks.py", "sac.py", "rlpd.py", "droq.py", "bound.py", "crossq.py", "xqc.py", "bc.py", "native.py"}
 
 

@@ -23,6 +23,9 @@ CASES = {  # between them every switch is on and off
         ensemble=2, subset=2, hidden=(16, 12), actor_hidden=(14, 10), batch=8, utd=3, backup_entropy=False,
         layer_norm=False, target_entropy=-1.5, gamma=0.9, tau=0.1,
     ),
+    "shown": rlpd.Config(
+        ensemble=2, hidden=(16, 12), batch=8, utd=2, max_delta=0.3, relative=True, imitation=0.4
+    ),
 }  # fmt: skip
 
 
@@ -91,6 +94,12 @@ def test_actions_stay_in_the_box_and_its_window(case):
         if cfg.max_delta is not None:
             assert (np.abs(action - prev.clip(-1, 1)) <= cfg.max_delta + 1e-6).all()
             assert (np.abs(action - prev.clip(-1, 1)) > cfg.max_delta - 0.01).any()
+
+
+def test_critics_that_see_changes_need_a_window():
+    for wrong in ({"relative": True}, {"relative": True, "max_delta": 0.1, "bound_start": 0.3}, {"imitation": -1.0}):
+        with pytest.raises(ValueError, match="relative = True: needs max_delta|imitation = -1.0: must not"):
+            rlpd.Config(**wrong)
 
 
 def test_the_entropy_goal_is_within_reach_of_the_window():
