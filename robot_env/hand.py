@@ -16,7 +16,6 @@ GAIN, MOST_M = 2.0, 0.03  # 1/s: how fast a tool that stays off its place is cor
 ARRIVED_M = 0.006  # closer than this
 LATE_S = 3.0  # after the way should be done, it is not going to arrive
 GRIP_S = 0.8  # for the jaws to close or open
-JAWS_RADPS = 2.0  # of what they are told in a takeover
 HOVER_M = 0.07  # above what is gripped, and above the table on the way
 EDGE_M = 0.01  # twice so far from the edges of its area an object is laid down; so far beyond them it may lie
 HELD_M = 0.03  # an object closer than this to the tool is between the jaws
@@ -97,7 +96,7 @@ class Hand:
 
     def _told(self) -> np.ndarray:
         assert self._at is not None and self.jaws is not None
-        grip, most = self.jaws, JAWS_RADPS / self._hz
+        grip, most = self.jaws, self._command.rate[3] / self._hz
         if self._grip is not None:
             grip = self._grip = self._grip + min(max(self.jaws - self._grip, -most), most)
         return np.array([*np.clip(self._at + self._off, self.low, self.high), grip])

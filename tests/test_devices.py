@@ -197,9 +197,9 @@ def test_sticks_lead_a_tool_from_where_it_was_told_to_be(stick):
     send(AXIS, Gamepad.LEFT_AXIS, 0)
     send(AXIS, Gamepad.UP_AXIS, 32767)
     send(BUTTON, Gamepad.CLOSE_BUTTON, 1)
-    assert leads(0, 0, -0.01, -0.2)
+    assert leads(0, 0, -0.01, -0.08)
     send(AXIS, Gamepad.AHEAD_AXIS, -32767)  # no faster aslant
-    assert leads(0.01 / 2**0.5, 0, -0.01 / 2**0.5, -0.2)
+    assert leads(0.01 / 2**0.5, 0, -0.01 / 2**0.5, -0.08)
     send(BUTTON, Gamepad.STOP_BUTTON, 1)
     assert drive(np.zeros(1), np.zeros(4)) is None
 
