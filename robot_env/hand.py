@@ -18,7 +18,6 @@ LATE_S = 3.0  # after the way should be done, it is not going to arrive
 GRIP_S = 0.8  # for the jaws to close or open
 HOVER_M = 0.07  # above what is gripped, and above the table on the way
 EDGE_M = 0.01  # twice so far from the edges of its area an object is laid down; so far beyond them it may lie
-JAWS_RADPS = 0.8  # of what they are told
 HELD_M = 0.03  # an object closer than this to the tool is between the jaws
 MISS_M = 0.02  # standard deviation of how far beside its object a script of quality 0 grips
 
@@ -37,7 +36,7 @@ class Hand:
         self.shut, self.open = command.action_low[3], command.action_high[3]
         self._at = None if told is None else np.array(told[:3], float)  # led to, so far
         self._off = np.zeros(3)  # what is added so that the tool is there
-        self._grip = None if told is None else float(told[3])  # rad that the jaws were told
+        self._grip = None if told is None else float(told[3])  # rad that the jaws are told; None: what they shall be
         self.jaws = self._grip  # rad that they shall be; None: as they are
 
     def go(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
@@ -97,10 +96,10 @@ class Hand:
 
     def _told(self) -> np.ndarray:
         assert self._at is not None and self.jaws is not None
-        most = JAWS_RADPS / self._hz
-        grip = self.jaws if self._grip is None else self._grip
-        self._grip = grip + min(max(self.jaws - grip, -most), most)
-        return np.array([*np.clip(self._at + self._off, self.low, self.high), self._grip])
+        grip, most = self.jaws, self._command.rate[3] / self._hz
+        if self._grip is not None:
+            grip = self._grip = self._grip + min(max(self.jaws - self._grip, -most), most)
+        return np.array([*np.clip(self._at + self._off, self.low, self.high), grip])
 
 
 def holds(reading: Reading) -> bool:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from ..drivers.base import Command, Reading, Sticks
-from .hand import JAWS_RADPS, Scripted, holds, miss, show
+from .hand import Scripted, holds, miss, show
 from .manipulate import Manipulate, Progress
 from .task import TaskError, TaskSpec
 
@@ -68,13 +68,13 @@ def check(who: str, spec: TaskSpec, command: Command) -> None:
 
 def by_sticks(sticks: Sticks, command: Command, hz: float, speed_mps: float, action: np.ndarray) -> np.ndarray:
     """(n,) wish in action units: a car's speed, up to `speed_mps`, and steering; of a tool that is led, the place that
-    its action before, `action`, comes to at up to that speed, and its jaws.
+    its action before, `action`, comes to at up to that speed, and its jaws as fast as they may.
     """
     if command.names == STEERED:
         return command.to_action(np.array([sticks.ahead * speed_mps, sticks.left * command.high[1]]))
     way = np.array([sticks.ahead, sticks.left, sticks.up])
     way *= speed_mps / hz / max(1.0, float(np.linalg.norm(way)))
-    change = np.array([*way, sticks.grip * JAWS_RADPS / hz])
+    change = np.array([*way, sticks.grip * command.rate[3] / hz])
     return _boxed(command.to_action(command.to_command(action) + change), action)
 
 

@@ -22,7 +22,6 @@ from tether.launch.actor import Leave, Pilot, serve
 from tether.launch.evaluate import Episodes, Tally, practise, pursuit
 from tether.launch.log import Log
 from tether.robot_env.env import RobotEnv
-from tether.robot_env.hand import JAWS_RADPS
 from tether.robot_env.record import Record, read_recording, read_streams
 from tether.robot_env.sample import Fold
 from tether.robot_env.takeover import (
@@ -45,6 +44,7 @@ from tests.test_manipulate import CUBE_M, make, reading
 
 ORDERS = {"policy": {}, "random_steps": 0}
 TICK = 0.1  # s, of all tasks here
+JAWS_RADPS = arm.COMMAND.rate[3]
 
 
 class Person:
@@ -173,8 +173,8 @@ def assert_bootstrap(env: RobotEnv, records: list[Record]) -> None:
 
 
 def test_a_thousand_takeovers_of_an_arm_by_hand():
-    env, records = make(seed=1)
-    person, told = Person(env, 1, 1600), written(env)
+    env, records = make(seed=1, **{"episode_s = 7": "episode_s = 20"})  # so that it is not mostly resets
+    person, told = Person(env, 1, 1250), written(env)
     taker = ByHand(person, env.command, 10.0, 0.06)
     drive(env, Wander(), taker, lambda: env.robot.now() > person.pushes[-1][1] + 1.0)
     begun = beginnings(records)
@@ -299,12 +299,12 @@ def test_a_script_begins_where_a_tool_was_told_to_be_which_is_not_where_it_is():
     task, told = catalog.make_task(load("arm-pick")), np.array([0.23, 0.02, 0.10, 0.1])
     lags, action = reading(tool=(0.2, 0.0, 0.12)), arm.COMMAND.to_action(told)
     script, wishes = ByScript(task, arm.COMMAND, 1.0, 0), [action]
-    while len(wishes) < 6:
+    while len(wishes) < 11:
         wish = script.wish(lags, wishes[-1])
         wishes += [] if wish is None else [wish]
     steps = np.diff(arm.COMMAND.to_command(np.array(wishes)), axis=0)
     assert np.linalg.norm(steps[:2, :3], axis=1) == pytest.approx(SCRIPT_MPS * TICK)
-    assert steps[:4, 3] == pytest.approx([JAWS_RADPS * TICK] * 4)  # they open, and no faster
+    assert steps[:9, 3] == pytest.approx([JAWS_RADPS * TICK] * 8 + [0.06])  # they open, and no faster
 
 
 def until_taken(script: ByScript, tool: tuple[float, ...], thing: tuple[float, ...]) -> np.ndarray:
@@ -444,14 +444,14 @@ def test_a_person_records_a_tool_and_ends_with_stop(ideal, tmp_path, monkeypatch
 def test_the_share_of_an_episode_that_is_taken_over_is_its_own():
     _, records = scripted(Still(), 3)
     env, more = make(seed=5)
-    drive(env, Still(), ByScript(env.task, env.command, 1.0, 0), lambda: env.robot.now() > 10.0)
+    drive(env, Still(), ByScript(env.task, env.command, 1.0, 0), lambda: env.robot.now() > 6.0)
     found, shares = Episodes(), []
     for number, record in enumerate([*records, *more]):
         left_alone = number >= len(records) and record.source == "takeover"
         metrics = found.push(replace(record, source="policy") if left_alone else record)
         shares += [metrics["env/takeovers"]] if "env/takeovers" in metrics else []
     rows = spans(records)
-    assert len(shares) == 4 and shares[3] == 0.0
+    assert len(shares) > 3 and set(shares[3:]) == {0.0}
     first = sum(map(len, (rows[1], rows[3]))) / sum(map(len, rows[:4]))
     assert shares[0] == pytest.approx(first) and 0.3 < first < 0.7
 
