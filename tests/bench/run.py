@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -36,16 +38,37 @@ def median(values: list[float]) -> float:
 
 
 def twin() -> dict[str, float]:
-    """Simulated over wall-clock seconds of car-loop's twin with sensors, gate and observation: pure pursuit."""
+    """Simulated over processor seconds of car-loop's twin with sensors, gate and observation: pure pursuit. And physics
+    steps a second of each twin with its sensors alone: the car drives straight on, the dog trots on the spot."""
     task = catalog.make_task(catalog.load_spec("car-loop"))
-    speeds = []
+    speeds, out = [], {}
     for seed in range(REPEATS):
         env = catalog.make_env(task, seed=seed)
         assert isinstance(env, RobotEnv)
         start = time.process_time()
         driven = evaluate.drive(env, evaluate.pursuit(env, 2.0, 1.0), steps=300)
         speeds.append(driven["steps"] / task.spec.hz / (time.process_time() - start))
-    return {"times_real_time": round(median(speeds), 1)}
+    for name, wish in (("car", lambda t: np.zeros(2)), ("quadruped", trot)):
+        steps = [physics(resolve_name(catalog.row(name).twin)(seed=seed), wish) for seed in range(REPEATS)]
+        out[f"{name}_physics_steps_s"] = round(median(steps))
+    return {"times_real_time": round(median(speeds), 1)} | out
+
+
+def trot(t: float) -> np.ndarray:
+    """(12,) action: thighs and calves of a diagonal pair up while the other's are down, twice a second."""
+    phase = 4.0 * np.pi * t + np.pi * np.array([0, 1, 1, 0]).repeat(3)
+    return 0.4 * np.sin(phase) * np.tile([0.0, 1.0, -1.0], 4)
+
+
+def physics(robot: Any, wish: Callable[[float], np.ndarray], seconds: float = 20.0, hz: float = 20.0) -> float:
+    """Steps per processor second of a twin that is read and written `hz` times a second."""
+    robot.open()
+    start = time.process_time()
+    while robot.now() < seconds:
+        robot.write(robot.command.to_command(wish(robot.now())))
+        robot.sleep(1.0 / hz)
+        robot.read()
+    return float(seconds / robot.world.dt / (time.process_time() - start))
 
 
 def policy() -> dict[str, float]:
