@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TASK ?= car-loop
 SEEDS ?= 0 1 2 3 4
 
-.PHONY: demo test test-slow bench curves accept get-up chaos fuzz link snapshots weights lint clean
+.PHONY: demo test test-slow bench curves accept get-up practice chaos fuzz link snapshots weights lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/tether demo car
@@ -33,6 +33,10 @@ accept: $(VENV)/demo
 # How surely the quadruped gets up from random fallen poses in the twin.
 get-up: $(VENV)/demo
 	$(BIN)/python tests/get_up.py --poses $(or $(POSES),200) --seed $(or $(SEED),0) $(if $(TERRAIN),--terrain $(TERRAIN))
+
+# How surely the arm practises alone, at random and by script: hours in the twin, and who had to put the object back.
+practice: $(VENV)/demo
+	$(BIN)/python tests/practice.py --hours $(or $(HOURS),2) --seed $(or $(SEED),0)
 
 # What the link survives: N faults, N malformed messages; what it costs and how fast it comes back.
 chaos: $(VENV)/dev

@@ -113,6 +113,7 @@ class Gate:
         self.cause: tuple[str, ...] = ()  # the newest faults: why it does not arm, is in HOLD, or is latched
         self.counts: dict[str, int] = {}  # how often each fault or clamp happened
         self._last: np.ndarray = limits.safe.copy()
+        self._told = False  # that, or anything
         self._time: float  # of the last tick
         self._well_since: float | None = None  # no channel had a fault since
         self._alive = -np.inf  # time of the last `alive`
@@ -158,16 +159,20 @@ class Gate:
         else:  # stopping is never rate-limited
             faults += [self.state] if self.state in (HOLD, *LATCHED) else []
             command = np.where(self.limits.keeps & (self.state == HOLD), self._last, self._still(measurement))
-        self._last, self._time = command, now
+        self._last, self._time, self._told = command, now, True
         for fault in faults:
             self.counts[fault] = self.counts.get(fault, 0) + 1
         return command.copy(), self.state, tuple(faults)
 
     def _still(self, measurement: Reading) -> np.ndarray:
-        """(n,) what keeps it from moving: what stops it, or where it is; once it was moved, where it was told to be."""
+        """(n,) what keeps it from moving: what stops it, or where it was told to be. Each value that was never told, or
+        that somebody has moved out of its reach since, is where it is measured: told that at every tick, an arm would
+        sink by its weight."""
         if not self.limits.stays:
             return self.limits.safe
-        return self._last if self.state in (HOLD, *LATCHED) else self._measured(measurement, self._last)
+        where = self._measured(measurement, self._last)
+        holds = (self.state in (HOLD, *LATCHED)) | (np.abs(where - self._last) <= self.limits.reach)
+        return np.where(self._told & holds, self._last, where)
 
     def _take(self, now: float, events: tuple[str, ...]) -> None:
         for event in events:
@@ -251,8 +256,8 @@ class Gate:
         near = np.clip(slewed, measured - limits.reach, measured + limits.reach)
         if (near != slewed).any():
             clamps.append("reach")
-        # near may be outside the box, or further from the last command than may be
-        return np.clip(np.clip(near, least, most), limits.low, limits.high), clamps
+        # near may be outside the box, or further from the last command than may be, which wins where that was outside
+        return np.clip(np.clip(near, limits.low, limits.high), least, most), clamps
 
     def _measured(self, measurement: Reading, default: np.ndarray) -> np.ndarray:
         """(n,) what is measured of each value of a command; `default` where nothing is, or not now."""

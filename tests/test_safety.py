@@ -212,8 +212,8 @@ def what_measures_a_value_may_be_one_number_of_a_channel(m):
 
 
 def what_stays_stops_where_it_is(m):
-    """And not where it rests: by what is measured until it has been told to move, then where it was told to be."""
-    stays = replace(COMMAND, stays=True, keeps=(), measured=("slow[0]", "slow[1]"), reach=(), tolerance=())
+    """And not where it rests: where it was told to be, as long as it is near that; else by what is measured."""
+    stays = replace(COMMAND, stays=True, keeps=(), measured=("slow[0]", "slow[1]"), reach=(1.0, 0.05), tolerance=())
     assert m.Limits.of(CHANNELS, stays, {}).stays and not m.Limits.of(CHANNELS, COMMAND, {}).stays
     gate, now = m.Gate(stays, m.Limits.of(CHANNELS, stays, {})), 0.0
 
@@ -224,21 +224,45 @@ def what_stays_stops_where_it_is(m):
         return gate.step(now, reading, wish, events)[:2]
 
     for k in range(12):
-        out, state = tick(None, "arm", at=(1.0 + 0.1 * k, 0.1))  # carried about
-        assert out == pytest.approx([1.0 + 0.1 * k, 0.1])
-    assert state == m.ARMED
-    out, state = tick(wish(4.5, 0.1), at=(2.1, 0.1))
-    assert state == m.RUN and out == pytest.approx([3.0, 0.1])  # 9 m/s^2 from where it is
+        out, state = tick(None, "arm", at=(0.9 + 1.1 * (k % 3), 0.1))  # carried about
+        assert out == pytest.approx([0.9 + 1.1 * (k % 3), 0.1])
+    for sunk in (0.1, 0.2, 0.9):  # by its own weight
+        out, state = tick(None, at=(3.1 - sunk, 0.1))
+        assert out == pytest.approx([3.1, 0.1]) and state == m.ARMED
+    out, state = tick(wish(4.5, 0.1), at=(3.1, 0.1))
+    assert state == m.RUN and out == pytest.approx([4.0, 0.1])  # 9 m/s^2 from where it is
+    out, state = tick(None, at=(3.1, 0.1))
+    assert state == m.ARMED and out == pytest.approx([4.0, 0.1])
     for expected in (m.HOLD, m.HOLD, m.STOPPING, m.STOPPING):
         out, state = tick(np.array([np.nan, 0.0]), at=(0.0, 0.0))
-        assert state == expected and out == pytest.approx([3.0, 0.1])
+        assert state == expected and out == pytest.approx([4.0, 0.1])
     for _ in range(8):
         out, state = tick(None, at=(0.0, 0.0))
-    assert state == m.STOPPED and out == pytest.approx([3.0, 0.1])
-    out, state = tick(None, "clear", at=(0.5, 0.1))
+    assert state == m.STOPPED and out == pytest.approx([4.0, 0.1])
+    for events in (("clear",), ()):
+        out, state = tick(None, *events, at=(3.5, 0.1))
+        assert state == m.DISARMED and out == pytest.approx([4.0, 0.1])
+    out, state = tick(None, at=(0.5, 0.1))
     assert state == m.DISARMED and out == pytest.approx([0.5, 0.1])
-    out, state = tick(None, "estop", at=(0.7, 0.1))
-    assert state == m.ESTOP and out == pytest.approx([0.5, 0.1])
+    for at in (0.7, 3.0):
+        out, state = tick(None, "estop", at=(at, 0.1))
+        assert state == m.ESTOP and out == pytest.approx([0.5, 0.1])
+    gate = m.Gate(stays, m.Limits.of(CHANNELS, stays, {}))
+    assert tick(None, "estop", at=(0.7, 0.1))[0] == pytest.approx([0.7, 0.1])  # never told anything
+
+
+def outside_its_box_it_comes_back_at_its_rate(m):
+    stays = replace(COMMAND, stays=True, keeps=(), measured=("slow[0]", "slow[1]"), tolerance=())
+    gate = m.Gate(stays, m.Limits.of(CHANNELS, stays, {}))
+
+    def tick(now, wish, at):
+        reading = Reading({"fast": np.zeros(1), "slow": np.array([at, 0.1 + 1e-9 * now])}, {"fast": now, "slow": now})
+        return gate.step(now, reading, wish, ("arm",))[0]
+
+    for k in range(12):
+        assert tick(0.1 * k, None, 6.0) == pytest.approx([6.0, 0.1])
+    for now, at, speed in ((1.2, 6.0, 5.1), (1.3, 5.1, 4.5), (1.4, 4.5, 4.5)):
+        assert tick(now, wish(4.5, 0.1), at) == pytest.approx([speed, 0.1])
 
 
 def a_task_only_tightens(m):
@@ -534,7 +558,7 @@ def what_was_given_out_is_a_copy(m):
 
 ATTACKS = (
     limits_are_declared, what_measures_a_value_may_be_one_number_of_a_channel,
-    what_stays_stops_where_it_is, a_task_only_tightens,
+    what_stays_stops_where_it_is, outside_its_box_it_comes_back_at_its_rate, a_task_only_tightens,
     it_arms_when_every_channel_was_well_for_a_second,
     boxes_and_rates_are_per_second, a_command_stays_near_what_is_measured, tightened_limits_bind, bad_wishes_hold,
     three_wishes_in_a_row_that_are_not_finite_stop, a_hold_that_does_not_end_stops, too_many_holds_stop,
@@ -561,6 +585,7 @@ SWAPS = {
 EQUIVALENT = {
     "np.abs(slewed - boxed) >= 1e-09": "a clamp of exactly the rounding tolerance",
     "error >= self.limits.tolerance": "an error to the last bit",
+    "np.abs(where - self._last) < self.limits.reach": "a distance to the last bit",
     "now - self._holds[0] <= HOLDS_S": "a time to the last bit",
     "now - self._holds[-1] >= HOLD_S": "a time to the last bit",
     "now - self._stopping_at > STOP_S": "a time to the last bit",
