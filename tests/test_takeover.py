@@ -254,9 +254,9 @@ def test_a_device_that_is_gone_stops_the_robot():
 # --- by script
 
 
-def scripted(policy: Any, count: int, quality: float = 1.0, seed: int = 0, name: str = "arm-pick", **changes) -> tuple:
+def scripted(policy: Any, count: int, quality: float = 1.0, seed: int = 0, name: str = "arm-pick", **text) -> tuple:
     """Tally and records of so many tries in which the script takes over."""
-    env, records = make(name, seed, **changes)
+    env, records = make(name, seed, **text)
     tally, taker = Tally(env), ByScript(env.task, env.command, quality, seed)
     told = written(env)
     drive(env, policy(env) if isinstance(policy, type(lambda: 0)) else policy, taker,
