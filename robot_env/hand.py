@@ -19,6 +19,7 @@ GRIP_S = 0.8  # for the jaws to close or open
 HOVER_M = 0.07  # above what is gripped, and above the table on the way
 EDGE_M = 0.01  # twice so far from the edges of its area an object is laid down; so far beyond them it may lie
 HELD_M = 0.03  # an object closer than this to the tool is between the jaws
+HANGS_M = 0.06  # nothing that is held reaches further from the tool
 MISS_M = 0.02  # standard deviation of how far beside its object a script of quality 0 grips
 
 
@@ -85,12 +86,13 @@ class Hand:
         return (yield from self.grip(reading, self.shut))
 
     def carry(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
-        """Bring the object that is held to `place`, up first and along then."""
-        high = max(place[2], HOVER_M)
+        """Bring the object that is held to `place`, up first and along then, however far it hangs from the tool."""
+        held = reading.values["object"] - reading.values["tool"]
+        far = max(float(np.linalg.norm(held)), 1e-9)
+        held = held * min(1.0, HANGS_M / far)  # what was lost is not followed
+        high = max(place[2], HOVER_M) - held[2]
         if reading.values["tool"][2] < high:
             reading = yield from self.go(reading, np.array([*reading.values["tool"][:2], high]), 3 * ARRIVED_M)
-        held = reading.values["object"] - reading.values["tool"]
-        held *= min(1.0, HELD_M / max(float(np.linalg.norm(held)), 1e-9))  # what was lost is not followed
         reading = yield from self.go(reading, np.array([*(place - held)[:2], high]), 3 * ARRIVED_M)
         return (yield from self.go(reading, place - held, arrived_m))
 

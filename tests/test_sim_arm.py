@@ -26,8 +26,10 @@ from tether.drivers.arm import (  # noqa: E402
     inverse,
 )  # fmt: skip
 from tether.drivers.base import DriverError, Twin  # noqa: E402
+from tether.launch import catalog, teach  # noqa: E402
+from tether.launch.evaluate import Tally  # noqa: E402
 from tether.robot_env.fit import check_twin  # noqa: E402
-from tether.robot_env.task import TaskError  # noqa: E402
+from tether.robot_env.task import TaskError, load  # noqa: E402
 from tether.sim import arm  # noqa: E402
 from tether.sim.arm import ArmTwin  # noqa: E402
 from tether.sim.twin import JITTER_S  # noqa: E402
@@ -565,3 +567,25 @@ def test_verbs_in_the_wrong_state_and_nonsense_are_refused():
     robot.write(np.full(4, 100.0))
     robot.sleep(2.0)
     assert robot._command.tolist() == list(COMMAND.high)
+
+
+# --- the tasks
+
+
+def test_the_checkpoints_of_arm_insert_are_above_and_in_the_hole():
+    above, inside = load("arm-insert").checkpoints
+    block = twin(scene="peg").world.model.body("block").pos
+    assert above.at[:2] == inside.at[:2] == pytest.approx(tuple(block[:2]))
+    assert above.at[2] - above.radius_m >= 0.030 and inside.at[2] + inside.radius_m < 0.030 - 0.010  # the block's top
+
+
+@pytest.mark.parametrize("name, speed_mps", [("arm-pick", 0.15), ("arm-insert", 0.1), ("arm-reach", 0.15)])
+def test_a_script_can_do_it(name, speed_mps):
+    env = catalog.make_env(catalog.make_task(load(name)), seed=1)
+    tally, teacher = Tally(env), teach.shown(env, speed_mps, 1.0, 0)
+    obs, _ = env.reset()
+    while len(tally.returns) < 6:
+        obs, _, terminated, truncated, _ = env.step(teacher(obs, env.action))
+        if terminated or truncated:
+            obs, _ = env.reset()
+    assert sum(tally.successes) >= (4 if name == "arm-insert" else 6) and tally.episodes.interventions == 0
