@@ -133,7 +133,8 @@ def _map(facts: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         notes.append(f"no map: {error}")
         return {"walls": [], "checkpoints": []}
     walls = [np.round(wall, 3).tolist() for wall in task.walls()]
-    return {"walls": walls, "checkpoints": [[*c.at[:2], c.radius_m] for c in task.spec.checkpoints]}
+    places = task.spec.checkpoints if task.spec.kind == "course" else ()
+    return {"walls": walls, "checkpoints": [[*c.at[:2], c.radius_m] for c in places]}
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
