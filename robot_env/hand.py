@@ -16,6 +16,7 @@ GAIN, MOST_M = 2.0, 0.03  # 1/s: how fast a tool that stays off its place is cor
 ARRIVED_M = 0.006  # closer than this
 LATE_S = 3.0  # after the way should be done, it is not going to arrive
 GRIP_S = 0.8  # for the jaws to close or open
+AJAR_RAD = 0.1  # nearer to open than this, they are
 HOVER_M = 0.07  # above what is gripped, and above the table on the way
 EDGE_M = 0.01  # twice so far from the edges of its area an object is laid down; so far beyond them it may lie
 HELD_M = 0.03  # an object closer than this to the tool is between the jaws
@@ -71,6 +72,10 @@ class Hand:
         self.jaws = self.open
         place = reading.values["object"] + (np.zeros(3) if error is None else error)
         reading = yield from self.go(reading, place + (0.0, 0.0, HOVER_M), 3 * ARRIVED_M)
+        for _ in range(round(LATE_S * self._hz)):  # jaws that are not open yet would push it away
+            if reading.values["joint_position"][5] > self.open - AJAR_RAD:
+                break
+            reading = yield from self.stay(reading)
         reading = yield from self.go(reading, place)
         return (yield from self.grip(reading, self.shut))
 
