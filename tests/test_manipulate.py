@@ -294,8 +294,8 @@ def test_the_twin_practises_without_a_person():
     from tests.practice import BAR, POLICIES, practise
 
     for policy in POLICIES:
-        found = practise(policy, 60.0, 1)
-        assert found["resets"] >= 4 and found["put_back"] >= BAR and not found["needed"], found
+        found = practise(policy, 30.0, 1)
+        assert found["resets"] >= 3 and found["put_back"] >= BAR and not found["needed"], found
 
 
 def test_a_hand_is_never_told_to_leave_the_workspace():
