@@ -16,6 +16,7 @@ GAIN, MOST_M = 2.0, 0.03  # 1/s: how fast a tool that stays off its place is cor
 ARRIVED_M = 0.006  # closer than this
 LATE_S = 3.0  # after the way should be done, it is not going to arrive
 GRIP_S = 0.8  # for the jaws to close or open
+AJAR_RAD = 0.1  # nearer to open than this, they are
 HOVER_M = 0.07  # above what is gripped, and above the table on the way
 EDGE_M = 0.01  # twice so far from the edges of its area an object is laid down; so far beyond them it may lie
 HELD_M = 0.03  # an object closer than this to the tool is between the jaws
@@ -78,12 +79,18 @@ class Hand:
         """Grip the object, where it is seen or that far (3,) m from it: from above, if not at once."""
         place = reading.values["object"] + (np.zeros(3) if error is None else error)
         above = np.linalg.norm((reading.values["tool"] - place)[:2]) < 2 * ARRIVED_M
-        if not (above and reading.values["joint_position"][5] > 0.9 * self.open):
-            self.jaws = self.open
-            reading = yield from self.go(reading, place + (0.0, 0.0, HOVER_M), 3 * ARRIVED_M)
         self.jaws = self.open
+        if not (above and self._opened(reading)):
+            reading = yield from self.go(reading, place + (0.0, 0.0, HOVER_M), 3 * ARRIVED_M)
+        for _ in range(round(LATE_S * self._hz)):  # jaws that are not open yet would push it away
+            if self._opened(reading):
+                break
+            reading = yield from self.stay(reading)
         reading = yield from self.go(reading, place)
         return (yield from self.grip(reading, self.shut))
+
+    def _opened(self, reading: Reading) -> bool:
+        return bool(reading.values["joint_position"][5] > self.open - AJAR_RAD)
 
     def carry(self, reading: Reading, place: np.ndarray, arrived_m: float = ARRIVED_M) -> Motion:
         """Bring the object that is held to `place`, up first and along then, however far it hangs from the tool."""

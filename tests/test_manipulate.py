@@ -183,6 +183,20 @@ def test_what_lies_outside_its_area_but_in_reach_is_fetched():
     assert (env.robot.object[:2] <= (0.31, 0.11)).all()
 
 
+def test_a_hand_comes_down_on_an_object_with_open_jaws():
+    env, records = make()
+    env.reset()
+    above = arm.COMMAND.to_action(np.append(env.robot.object + (0.0, 0.0, hand.HOVER_M), 0.0))
+    for _ in range(20):  # the jaws shut above the object: there is no way along which they could open
+        env.step(above)
+    assert env.robot.jaws < 0.1 and np.linalg.norm(env.robot.tool - env.robot.object) < hand.HOVER_M + 0.01
+    records.clear()
+    env.reset()
+    seen = [(r.reading.values["tool"][2], r.reading.values["joint_position"][5]) for r in records]
+    down = next(i for i, (height, _) in enumerate(seen) if height < 2 * CUBE_M)
+    assert seen[down][1] > 0.7 and any(grip < 0.1 for _, grip in seen[down:]) and env.robot.placed == 1
+
+
 def test_the_hand_that_waits_goes_on_when_the_object_is_back():
     back = PutBack(arm.COMMAND, 10.0, np.array([[0.1, -0.1], [0.3, 0.1]]))
     away = reading(thing=(0.6, 0.0, CUBE_M))
@@ -298,6 +312,15 @@ def test_a_task_without_checkpoints_is_none():
     head = load("arm-pick").text.partition("[[checkpoint]]")[0]
     with pytest.raises(TaskError, match=r"a manipulate needs at least 1 \[\[checkpoint\]\], found 0"):
         parse(head, "arm-pick", "arm-pick.toml")
+
+
+def test_the_twin_practises_without_a_person():
+    pytest.importorskip("mujoco")
+    from tests.practice import BAR, POLICIES, practise
+
+    for policy in POLICIES:
+        found = practise(policy, 50.0, 1)
+        assert found["resets"] >= 3 and found["put_back"] >= BAR and not found["needed"], found
 
 
 def test_a_hand_is_never_told_to_leave_the_workspace():
