@@ -16,7 +16,7 @@ import numpy as np
 
 from ..drivers.arm import CHANNELS, COMMAND, HOME, JOINTS, SERVO_HZ, Servos, forward, inverse
 from ..drivers.base import Channel, DriverError, Reading
-from .twin import JITTER_S, KINDS, Failure, Sensor, World
+from .twin import JITTER_S, KINDS, Sensor, World
 
 BUS_DELAY_S = 0.01  # from a write to the servos: a turn of the bus and the computer before it (own estimate)
 BACKLASH_RAD = math.radians(0.5)  # STS3215's data sheet: so far a joint turns before its servo gives torque
@@ -77,11 +77,12 @@ class ArmTwin:
         sensors = [
             Sensor(c, tracker.get(c.name, 0.0), jitter_s=noise * JITTER_S, wrong=WRONG[c.name]) for c in CHANNELS
         ]
-        self.world = World(model, sensors, self._control, self._measure, lambda: None, seed, realtime, self._derive)
+        self.world = World(
+            model, sensors, self._control, self._measure, lambda: None, seed, realtime, self._derive, self.failures
+        )
         self._friction = model.geom_friction[:, 0].copy()
         self._part = np.array([_PARTS.get(model.geom(i).name, 0) for i in range(model.ngeom)])
         self._torque = model.actuator_forcerange.copy()
-        self._broken: dict[str, list[Failure]] = {joint: [] for joint in JOINTS}
         self._off: list[str] = []
         self._waiting: deque[tuple[float, np.ndarray]] = deque()  # commands on their way to the servos
         self._command: np.ndarray | None = None  # the newest that has reached them
@@ -151,12 +152,7 @@ class ArmTwin:
 
     def fail(self, part: str, kind: str, start: float, lasts: float = math.inf) -> None:
         """Let a part of `failures` fail at `start` (s on this twin's clock) for `lasts` seconds."""
-        if kind not in self.failures.get(part, ()):
-            raise ValueError(f"{part}:{kind} is none of {self.failures}")
-        if part in self._broken:
-            self._broken[part].append(self.world.failure(kind, start, lasts))
-        else:
-            self.world.fail(part, kind, start, lasts)
+        self.world.fail(part, kind, start, lasts)
 
     def truth(self) -> dict[str, float]:
         """x, y (m) and heading (rad; without a cube the arm's) of the object; speed (m/s) of the tool; upright (1: it
@@ -201,8 +197,7 @@ class ArmTwin:
 
     def _power(self) -> None:
         """What each servo can give: nothing where it failed."""
-        now = self.world.data.time
-        off = [joint for joint, failed in self._broken.items() if failed and any(f.active(now) for f in failed)]
+        off = list(self.world.broken())
         if off != self._off:
             self._off = off
             self.world.model.actuator_forcerange[:] = np.where(np.isin(JOINTS, off)[:, None], 0.0, self._torque)

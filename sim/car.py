@@ -16,7 +16,7 @@ import numpy as np
 
 from ..drivers.base import Channel, DriverError, Reading
 from ..drivers.car import CHANNELS, COMMAND
-from .twin import JITTER_S, KINDS, Failure, Sensor, World
+from .twin import JITTER_S, KINDS, Sensor, World
 
 WHEEL_RADIUS_M = 0.0488  # FastRLAP: wheel-centre height
 MOTOR_MPS2 = 9.0  # VESC: maximum acceleration (RACER); its smoother runs at 75 Hz, ours at 100 Hz
@@ -71,13 +71,14 @@ class CarTwin:
         sensors = [
             Sensor(c, noise * SENSORS[c.name][0], SENSORS[c.name][1], noise * JITTER_S, WRONG[c.name]) for c in CHANNELS
         ]
-        self.world = World(model, sensors, self._control, self._measure, self._watch, seed, realtime)
+        self.world = World(
+            model, sensors, self._control, self._measure, self._watch, seed, realtime, failures=self.failures
+        )
         self._is_wall = model.geom_matid == model.material("wall").id
         self._hubs = [int(model.joint(f"hub_{w}").dofadr[0]) for w in ("fl", "fr", "rl", "rr")]
         self._servo = int(model.joint("servo").qposadr[0])
         self._motor_force = model.actuator("motor").forcerange  # a view into the model
         self._full_force = self._motor_force.copy()
-        self._broken: dict[str, list[Failure]] = {"motor": [], "steering_servo": [], "battery": []}
         self._jammed_at: float | None = None  # rad
         self._open, self._contacts = False, 0
         bare = build([])
@@ -137,12 +138,7 @@ class CarTwin:
         motor off: no torque, it rolls on and cannot brake; steering_servo stuck: its angle stays; battery low: the
         top speed sinks.
         """
-        if kind not in self.failures.get(part, ()):
-            raise ValueError(f"{part}:{kind} is none of {self.failures}")
-        if part in self._broken:
-            self._broken[part].append(self.world.failure(kind, start, lasts))
-        else:
-            self.world.fail(part, kind, start, lasts)
+        self.world.fail(part, kind, start, lasts)
 
     def truth(self) -> dict[str, float]:
         """x, y (m), heading (rad), speed (m/s, forward), upright (1 on its wheels, -1 on its roof), contacts
@@ -161,15 +157,11 @@ class CarTwin:
     def _control(self, dt: float) -> None:
         change = MOTOR_MPS2 * dt
         self._speed = min(max(self._target[0], self._speed - change), self._speed + change)
-        speed, steering = self._speed, self._target[1]
-        if any(self._broken.values()):
-            speed, steering = self._suffer(speed, steering)
-        self.world.data.ctrl[:] = speed, steering
+        self.world.data.ctrl[:] = self._suffer(self._speed, self._target[1])
 
     def _suffer(self, speed: float, steering: float) -> tuple[float, float]:
         """What becomes of the set speed and steering where actuators fail."""
-        now = self.world.data.time
-        since = {part: now - f.start for part, failed in self._broken.items() for f in failed if f.active(now)}
+        since = self.world.broken()
         self._motor_force[:] = 0.0 if "motor" in since else self._full_force
         if "steering_servo" not in since:
             self._jammed_at = None

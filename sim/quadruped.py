@@ -18,7 +18,7 @@ import numpy as np
 from ..drivers.base import Channel, DriverError, Reading
 from ..drivers.leg_odometry import GRAVITY_MPS2, LegOdometry
 from ..drivers.quadruped import CHANNELS, COMMAND, JOINTS, KD, KP, LEGS, NOMINAL, TORQUE_NM
-from .twin import JITTER_S, KINDS, Failure, Sensor, World
+from .twin import JITTER_S, KINDS, Sensor, World
 
 MOTOR_DELAY_S = 0.01  # from a write to the motors: their bus and the 500 Hz of its own loop (own estimate, 10-20 ms)
 SLOPE_RAD = math.radians(5.0)  # of the sloped ground, uphill along x
@@ -88,14 +88,15 @@ class QuadrupedTwin:
             Sensor(c, noise * NOISE[c.name], jitter_s=noise * JITTER_S, wrong=WRONG[c.name], early=True)
             for c in CHANNELS
         ]
-        self.world = World(model, sensors, self._control, self._measure, lambda: None, seed, realtime, self._derive)
+        self.world = World(
+            model, sensors, self._control, self._measure, lambda: None, seed, realtime, self._derive, self.failures
+        )
         self._friction = model.geom_friction[:, 0].copy()
         self._payload = model.body("payload").id
         self._share = np.where(np.array(JOINTS) == weak, WEAK, 1.0)
         self._strength = self._share
         self._part = (model.geom_contype == _GROUND).astype(int)  # of each geom
         self._part[[model.geom(name).id for name in _TRUNK]] = _BODY
-        self._broken: dict[str, list[Failure]] = {joint: [] for joint in JOINTS}
         self._waiting: deque[tuple[float, np.ndarray]] = deque()  # commands on their way to the motors
         self._target, self._damped = np.array(NOMINAL), False
         self._powered: tuple[bool, list[str]] | None = None  # what the motors are set to
@@ -155,12 +156,7 @@ class QuadrupedTwin:
 
     def fail(self, part: str, kind: str, start: float, lasts: float = math.inf) -> None:
         """Let a part of `failures` fail at `start` (s on this twin's clock) for `lasts` seconds."""
-        if kind not in self.failures.get(part, ()):
-            raise ValueError(f"{part}:{kind} is none of {self.failures}")
-        if part in self._broken:
-            self._broken[part].append(self.world.failure(kind, start, lasts))
-        else:
-            self.world.fail(part, kind, start, lasts)
+        self.world.fail(part, kind, start, lasts)
 
     def truth(self) -> dict[str, float]:
         """x, y (m), heading (rad), speed (m/s, forward), upright (1 on its feet, -1 on its back), height (m, of the
@@ -231,8 +227,8 @@ class QuadrupedTwin:
 
     def _power(self) -> None:
         """What each motor gives: its strength, nothing where it failed, no stiffness while stopped."""
-        now, model = self.world.data.time, self.world.model
-        off = [joint for joint, failed in self._broken.items() if failed and any(f.active(now) for f in failed)]
+        model = self.world.model
+        off = list(self.world.broken())
         if (self._damped, off) == self._powered:
             return
         self._powered = self._damped, off

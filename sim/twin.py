@@ -33,6 +33,7 @@ class World:
     that it does not keep; `watch()` after every step, so it must be cheap. Time is a whole number of steps: it
     does not drift. Channels that `measure` leaves out come after those it gives: `derive(carried)` computes them
     from what the samples of the others carry, noise and failures included (None: nothing, or what was before).
+    `failures` names what can fail, and how: sensors by their channel, anything else as the twin has it `broken`.
     """
 
     def __init__(
@@ -40,12 +41,16 @@ class World:
         measure: Callable[[], Mapping[str, np.ndarray]], watch: Callable[[], None],
         seed: int = 0, realtime: bool = False,
         derive: Callable[[Mapping[str, np.ndarray | None]], Mapping[str, np.ndarray]] = lambda carried: {},
+        failures: Mapping[str, Sequence[str]] = {},
     ) -> None:  # fmt: skip
         self.model, self.data = model, mujoco.MjData(model)
         self.dt = float(model.opt.timestep)
         self._control, self._measure, self._watch, self._derive = control, measure, watch, derive
         self._realtime = realtime
-        self._rng, self._seed, self._failures = np.random.default_rng(seed), seed, 0
+        self._rng, self._seed, self._failed = np.random.default_rng(seed), seed, 0
+        self._failures = failures
+        parts = failures.keys() - {sensor.channel.name for sensor in sensors}
+        self._broken: dict[str, list[Failure]] = {part: [] for part in failures if part in parts}
         self._sensors = {s: round(1.0 / s.channel.hz / self.dt) for s in sensors}  # steps between samples
         for sensor, period in self._sensors.items():
             if abs(period * self.dt * sensor.channel.hz - 1.0) > 1e-6:
@@ -83,16 +88,19 @@ class World:
             values[name], stamps[name] = sensor.take(now, self._rng)
         return Reading(values, stamps)
 
-    def failure(self, kind: str, start: float, lasts: float = math.inf) -> Failure:
-        """A failure with its own generator, so that it draws nothing from the noise of the sensors."""
-        self._failures += 1
-        return Failure(kind, start, lasts, np.random.default_rng([self._seed, self._failures]))
+    def fail(self, part: str, kind: str, start: float, lasts: float = math.inf) -> None:
+        """Let a part fail from `start` (s) on, for `lasts` seconds. Failures add up. ValueError names what can fail."""
+        if kind not in self._failures.get(part, ()):
+            raise ValueError(f"{part}:{kind} is none of {self._failures}")
+        self._failed += 1  # each with its own generator, so that it draws nothing from the noise of the sensors
+        made = Failure(kind, start, lasts, np.random.default_rng([self._seed, self._failed]))
+        sensors = {sensor.channel.name: sensor.failures for sensor in self._sensors}
+        (self._broken | sensors)[part].append(made)
 
-    def fail(self, channel: str, kind: str, start: float, lasts: float = math.inf) -> None:
-        """Let the sensor of `channel` fail from `start` (s) on, for `lasts` seconds. Failures add up."""
-        for sensor in self._sensors:
-            if sensor.channel.name == channel:
-                sensor.failures.append(self.failure(kind, start, lasts))
+    def broken(self) -> dict[str, float]:
+        """What fails now and is no sensor, and for how many seconds it has."""
+        now = self.data.time
+        return {part: now - f.start for part, failed in self._broken.items() for f in failed if f.active(now)}
 
     def settle(self, qpos: np.ndarray) -> None:
         """Put the robot at rest in the state `qpos` (nq,), and fill every sensor with it. Time goes on."""
