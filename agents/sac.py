@@ -56,7 +56,7 @@ class Config:
     actor_every: int | None = None  # critic updates to one of actor and temperature; None: as many as a step has
     max_delta: float | None = None  # largest change of an action per step
     relative: bool = False  # the critics see by what share of `max_delta` an action changes, not the action
-    imitation: float = 0.0  # weight of the actor's distance from the executed actions that the critics think better
+    imitation: float = 0.0  # weight of the actor's distance from the executed actions of steps that were shown
     bound_start: float | None = None  # beyond this an action costs (see `bound`); None: there is no such bound
     bound_end: float = 0.6  # and beyond this after so many steps without a surprise
     bound_steps: int = 30_000
@@ -229,9 +229,7 @@ def _in_turn(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple
 def _critics(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, jax.Array]]:
     key, next_key, fit_key = jax.random.split(state.key, 3)
     # the actor is constant until the critics are done: one forward pass for all mini-batches
-    next_action, bonus = _following(critic, cfg, state, batches, next_key)
-    next_action = seen(cfg, next_action, batches["next_prev_action"])
-    batches = batches | {"action": seen(cfg, batches["action"], batches["prev_action"])}
+    batches, next_action, bonus = _following(critic, cfg, state, batches, next_key)
     keys = jax.random.split(fit_key, bonus.shape[0])
     fit = critic.at_once(cfg) or partial(fit_all, critic)
     online, target, opt, losses, values = fit(cfg, state, batches, next_action, bonus, keys)
@@ -240,11 +238,14 @@ def _critics(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple
     return state, {"critic_loss": losses.mean(), "q_mean": values.mean()}
 
 
-def _following(critic: Critic, cfg: Config, state: State, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The next action of the policy, and what entropy adds to its value."""
+def _following(
+    critic: Critic, cfg: Config, state: State, batch: Batch, key: jax.Array
+) -> tuple[Batch, jax.Array, jax.Array]:
+    """The batch and the policy's next action as the critics see them, and what entropy adds to its value."""
     action, log_prob = sample(cfg, critic, state.actor, batch["next_obs"], batch["next_prev_action"], key)
     bonus = -jnp.exp(state.log_temperature) * log_prob if cfg.backup_entropy else jnp.zeros_like(log_prob)
-    return action, bonus
+    batch = batch | {"action": _seen(cfg, batch["action"], batch["prev_action"])}
+    return batch, _seen(cfg, action, batch["next_prev_action"]), bonus
 
 
 def fit_all(
@@ -278,7 +279,7 @@ def _actor(critic: Critic, cfg: Config, state: State, batch: Batch) -> tuple[Sta
         action, log_prob, stats = sample_train(
             cfg, critic, variables, batch["obs"], batch["prev_action"], actor_key
         )
-        looked = seen(cfg, action, batch["prev_action"])
+        looked = _seen(cfg, action, batch["prev_action"])
         value = critic.value(cfg, state.critic, batch["obs"], looked, value_key)
         loss = (temperature * log_prob - value).mean()
         if cfg.imitation:
@@ -337,7 +338,7 @@ def squashed(
     return into(low, high, action), log_prob - jnp.log(0.5 * (high - low)).sum(-1)
 
 
-def seen(cfg: Config, action: jax.Array, prev_action: jax.Array) -> jax.Array:
+def _seen(cfg: Config, action: jax.Array, prev_action: jax.Array) -> jax.Array:
     """What the critics see of an action: itself, or by what share of `max_delta` it differs from the one before."""
     return (action - prev_action) / (cfg.max_delta or 1.0) if cfg.relative else action
 
@@ -373,9 +374,7 @@ def agent(critic: Critic) -> tuple[Callable[..., Any], ...]:
     def held_out(cfg: Config, state: State, batch: Batch) -> jax.Array:
         """The critics' loss on one mini-batch that they were not trained on; leaves (batch, ...)."""
         keys = jax.random.split(state.key)
-        next_action, bonus = _following(critic, cfg, state, batch, keys[0])
-        next_action = seen(cfg, next_action, batch["next_prev_action"])
-        batch = batch | {"action": seen(cfg, batch["action"], batch["prev_action"])}
+        batch, next_action, bonus = _following(critic, cfg, state, batch, keys[0])
         return critic.fit(cfg, state.critic, state.target, batch, next_action, bonus, keys[1])[0]
 
     return made, act, updated, held_out, frozen, policy_params, policy_spec

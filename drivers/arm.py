@@ -4,7 +4,7 @@ It is told where its tool shall be, not its joints: five joints place a point, a
 as they can. The map frame has its origin on the table below the first axis: x forward, y left, z up.
 
 Sources: TheRobotStudio's SO-101 URDF, new calibration (lengths, ranges: Apache-2.0); Feetech's STS3215 data sheet
-(12 V: 30 kg cm, 45 rpm, backlash of 0.5 degrees); reliability.md 5.4 (speeds, tolerance); hardware.md 2 (the bus).
+(12 V: 30 kg cm, 45 rpm, backlash of 0.5 degrees); reliability.md 5.4 (speeds, tolerance); hardware.md 1.1 (the bus).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UPPER_M, FORE_M, TOOL_M = 0.1160, 0.1350, 0.1592  # shoulder to elbow, to wrist,
 UPPER_RAD, FORE_RAD = math.atan2(0.11257, 0.028), math.atan2(0.0052, 0.1349)
 REACH_M = 0.245  # of the wrist from the shoulder; 6 mm short of straight
 TORQUE_NM, SPEED_RADPS = 2.94, 4.71  # at 12 V: stalled, and free
-SERVO_HZ = 50.0  # all six are read and written so often: 3.5 ms a turn of the bus (hardware.md 1.2)
+SERVO_HZ = 50.0  # all six are read and written so often: 3.5 ms a turn of the bus (hardware.md 1.1)
 JOINT_RADPS = math.radians(90.0)  # of each joint's target, so that no wish between here and there is a jerk
 
 HOME = (0.16, 0.0, 0.10, 0.6)  # where it rests, jaws open: m, m, m, rad
@@ -35,7 +35,7 @@ CHANNELS = (
     Channel("joint_velocity", 6, "rad/s", SERVO_HZ, 0.01, (1.0,) * 6, most=(12.0,) * 6),
     Channel("load", 6, "N m", SERVO_HZ, 0.01, (1.0,) * 6, most=(4.0,) * 6),  # what the servos give
     Channel("tool", 3, "m", SERVO_HZ, 0.01, (0.1,) * 3, most=(0.6,) * 3),  # between the tips, by the joints
-    # middle of the object, as a camera that tracks it has it; it repeats itself while a hand or a jaw hides the object
+    # middle of the object, as a camera that tracks it has it
     Channel("object", 3, "m", 30.0, 0.05, (0.1,) * 3, most=(2.0,) * 3),
 )
 
@@ -44,7 +44,7 @@ COMMAND = Command(
     units=("m", "m", "m", "rad"),
     action_low=(0.07, -0.16, 0.012, 0.0),
     action_high=(0.38, 0.16, 0.20, 0.8),
-    # the workspace: in front of it, above the table, all of it within its reach
+    # the workspace: in front of it and above the table; what little lies too near the base is approached
     low=(0.06, -0.17, 0.010, -0.1),
     high=(0.39, 0.17, 0.22, 1.0),
     rate=(0.25, 0.25, 0.25, 0.8),

@@ -33,7 +33,8 @@ class RobotRow:
     twin: str
     driver: str | None  # () -> Robot; None: no driver yet
     about: str
-    body: str = "tether.robot_env.reset:Wheeled"  # (command, hz) -> robot_env.task.Body
+    # (command, hz) -> robot_env.task.Body; None: it stays where it is
+    body: str | None = "tether.robot_env.reset:Wheeled"
     family: str = ""  # of the presets, for all its tasks; "": the task's kind
 
 
@@ -43,7 +44,7 @@ ROBOTS = {
         "tether.drivers.quadruped", "tether.sim.quadruped:QuadrupedTwin", None, "Go1-class quadruped, 12 kg, 12 joints",
         "tether.robot_env.legs:Legged", "walk",
     ),
-    "arm": RobotRow("tether.drivers.arm", "tether.sim.arm:ArmTwin", None, "SO-101-class arm, six servos"),
+    "arm": RobotRow("tether.drivers.arm", "tether.sim.arm:ArmTwin", None, "SO-101-class arm, six servos", None),
     "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, "a point on a plane, for tests"),
 }  # fmt: skip
 KINDS = {
@@ -139,8 +140,12 @@ def make_task(spec: TaskSpec) -> Task:
         raise TaskError(f"{spec.name}: {error}") from None
     if spec.kind == "gym":
         return gym_env.GymTask(spec, channels, command)  # type: ignore[return-value]
-    body = resolve_name(row(spec.robot).body)(command, spec.hz)
-    return resolve_name(KINDS[spec.kind])(spec, channels, command, body)
+    make, body = resolve_name(KINDS[spec.kind]), row(spec.robot).body
+    if spec.kind == "manipulate":
+        return make(spec, channels, command)
+    if body is None:
+        raise TaskError(f'{spec.name}: robot {spec.robot} goes nowhere; task.kind must be "manipulate" for it')
+    return make(spec, channels, command, resolve_name(body)(command, spec.hz))
 
 
 def failures(spec: TaskSpec, wanted: Sequence[str]) -> list[tuple[str, str, float, float]]:

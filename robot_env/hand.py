@@ -156,7 +156,7 @@ class PutBack(Scripted):
         home = self._home[:3] + self._spread * rng.uniform(-1.0, 1.0, 3)
         if area is not None and holds(reading):
             hand.jaws = hand.shut
-            reading = yield from self._lay(reading, rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M))
+            reading = yield from self._lay(reading, rng)
             tries = 1
         else:
             reading = yield from self._up(reading)
@@ -165,7 +165,7 @@ class PutBack(Scripted):
             if tries and self._lies_well(reading):
                 break
             reading = yield from hand.pick(reading)
-            reading = yield from self._lay(reading, rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M))
+            reading = yield from self._lay(reading, rng)
             tries += 1
         hand.jaws = hand.shut if area is None else self._home[3]
         reading = yield from hand.go(reading, home, 3 * ARRIVED_M)
@@ -175,8 +175,10 @@ class PutBack(Scripted):
         self.needs_hand = False
         return reading
 
-    def _lay(self, reading: Reading, spot: np.ndarray) -> Motion:
-        """Bring what is held to `spot` (2,) m on the table."""
+    def _lay(self, reading: Reading, rng: np.random.Generator) -> Motion:
+        """Bring what is held to somewhere on the table, within the area."""
+        assert self._area is not None
+        spot = rng.uniform(self._area[0] + 2 * EDGE_M, self._area[1] - 2 * EDGE_M)
         reading = yield from self._hand.carry(reading, np.array([*spot, self._lowest]))
         reading = yield from self._hand.grip(reading, self._hand.open)
         return (yield from self._up(reading))

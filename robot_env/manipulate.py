@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,7 @@ class Manipulate:
     relabels = True
     from_rest = False
 
-    def __init__(self, spec: TaskSpec, channels: tuple[Channel, ...], command: Command, body: Any = None) -> None:
+    def __init__(self, spec: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
         check_channels(spec, channels, ("tool", "object", "joint_position"))
         if command.names[:3] != ("x", "y", "z") or command.size != 4:
             raise TaskError(f"{spec.name}: robot {spec.robot} has no tool to be led by x, y, z and grip")

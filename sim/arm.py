@@ -1,6 +1,6 @@
 """The arm's MuJoCo twin: its channels and command over `models/arm.xml`, with a cube, a peg in its jaws, or a mark.
 
-Sources: TheRobotStudio's SO-101 description and Feetech's data sheet (the model), hardware.md 1.2 (the bus).
+Sources: TheRobotStudio's SO-101 description and Feetech's data sheet (the model), hardware.md 1.1 (the bus).
 `tests/test_sim_arm.py` holds the compiled model against their numbers.
 """
 

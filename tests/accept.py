@@ -27,12 +27,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tether.launch import teach
+
 TETHER = [sys.executable, "-m", "tether.launch.cli"]
 STEPS = 12_000  # 20 minutes of driving at 10 Hz
 WALK_STEPS = 24_000  # 20 minutes of walking at 20 Hz
 GROW_STEPS, COURSE_STEPS, CHANGED_STEPS = 40_000, 24_000, 10_000
 PICK_STEPS, CLONE_STEPS = 15_000, 5_000  # 25 minutes of picking at 10 Hz
-TAUGHT = 0.62  # quality of the teacher, of whose tries 8 of 10 succeed
 CHANGES = {"laden": "payload_kg = 3.0", "slippery": "friction = 0.5", "weak": 'weak = "FR_thigh"'}
 SHIPPED = Path(__file__).parent.parent / "robot_env" / "tasks"
 LAPS = 10
@@ -272,7 +273,7 @@ def pick(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]
     shown, facts = folder / "shown", folder / "shown.json"
     if not facts.exists():
         shutil.rmtree(shown, ignore_errors=True)
-        how = "--laps", 20, "--quality", TAUGHT, "--seed", seed
+        how = "--laps", 20, "--quality", teach.TAUGHT, "--seed", seed
         facts.write_text(json.dumps(tether("record", options.task, *how, "--out", shown, "--json")))
     cloning = "--set", "agent.algorithm=bc", "--set", "learner.prior_share=1"
     ways = {"learned": (PICK_STEPS, ("--prior", shown)), "cloned": (CLONE_STEPS, ("--prior", shown, *cloning))}

@@ -19,7 +19,6 @@ from tether.robot_env.env import RobotEnv
 from tether.robot_env.record import Record
 
 BAR = 0.99  # of the resets, without a hand
-QUALITY, SPEED_MPS = 0.6, 0.15  # of the scripted teacher
 WISH_S = 1.0  # for so long one at random wishes the same, so that it gets about
 
 
@@ -37,7 +36,12 @@ def at_random(env: RobotEnv, seed: int) -> Teacher:
     return drive
 
 
-POLICIES = {"random": at_random, "script": lambda env, seed: teach.shown(env, SPEED_MPS, QUALITY, seed)}
+def scripted(env: RobotEnv, seed: int) -> Teacher:
+    """As in an arm's demonstrations."""
+    return teach.shown(env, teach.SPEED_MPS["manipulate"], teach.TAUGHT, seed)
+
+
+POLICIES = {"random": at_random, "script": scripted}
 
 
 class Hands:

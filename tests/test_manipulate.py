@@ -308,6 +308,12 @@ def test_a_task_that_cannot_be_is_named(change, says):
         catalog.make_task(parse(text, "arm-pick", "arm-pick.toml"))
 
 
+def test_an_arm_does_not_drive():
+    text = load("car-loop").text.replace('robot = "car"', 'robot = "arm"')
+    with pytest.raises(TaskError, match='robot arm goes nowhere; task.kind must be "manipulate" for it'):
+        catalog.make_task(parse(text, "car-loop", "car-loop.toml"))
+
+
 def test_a_task_without_checkpoints_is_none():
     head = load("arm-pick").text.partition("[[checkpoint]]")[0]
     with pytest.raises(TaskError, match=r"a manipulate needs at least 1 \[\[checkpoint\]\], found 0"):
