@@ -154,19 +154,19 @@ class PutBack(Scripted):
         # where to: by the noise of the reading, so that the same readings give the same motion
         rng = np.random.default_rng(np.concatenate([reading.values[k] for k in ("tool", "object")]).view(np.uint32))
         home = self._home[:3] + self._spread * rng.uniform(-1.0, 1.0, 3)
-        if area is not None and holds(reading):
-            hand.jaws = hand.shut
-            reading = yield from self._lay(reading, rng)
-            tries = 1
-        else:
+        if area is None or not holds(reading):
             reading = yield from self._up(reading)
-            tries = 0
-        while area is not None and tries < self.TRIES and self._in_reach(reading):
-            if tries and self._lies_well(reading):
-                break
-            reading = yield from hand.pick(reading)
-            reading = yield from self._lay(reading, rng)
-            tries += 1
+        if area is not None:
+            spot = rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M)
+            for _ in range(self.TRIES):
+                if not holds(reading):
+                    if not self._in_reach(reading):
+                        break
+                    reading = yield from hand.pick(reading)
+                hand.jaws = hand.shut
+                reading = yield from self._lay(reading, spot)
+                if np.linalg.norm(reading.values["object"][:2] - spot) < HELD_M:
+                    break  # else the tool came back without it
         hand.jaws = hand.shut if area is None else self._home[3]
         reading = yield from hand.go(reading, home, 3 * ARRIVED_M)
         while area is not None and not self._lies_well(reading):
@@ -175,10 +175,8 @@ class PutBack(Scripted):
         self.needs_hand = False
         return reading
 
-    def _lay(self, reading: Reading, rng: np.random.Generator) -> Motion:
-        """Bring what is held to somewhere on the table, within the area."""
-        assert self._area is not None
-        spot = rng.uniform(self._area[0] + 2 * EDGE_M, self._area[1] - 2 * EDGE_M)
+    def _lay(self, reading: Reading, spot: np.ndarray) -> Motion:
+        """Bring what is held to `spot` (2,) m on the table."""
         reading = yield from self._hand.carry(reading, np.array([*spot, self._lowest]))
         reading = yield from self._hand.grip(reading, self._hand.open)
         return (yield from self._up(reading))

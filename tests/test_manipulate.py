@@ -183,6 +183,18 @@ def test_what_lies_outside_its_area_but_in_reach_is_fetched():
     assert (env.robot.object[:2] <= (0.31, 0.11)).all()
 
 
+def test_what_only_lies_beside_the_tool_is_laid_down_anew_too():
+    robot = Ideal()
+    before = robot.object.copy()
+    robot.tool = robot.told[:3] = before + (hand.HELD_M - 0.005, 0.0, 0.0)  # as near as what is held, jaws open
+    robot.jaws = robot.told[3] = arm.COMMAND.action_high[3]
+    back = PutBack(arm.COMMAND, 10.0, np.array([[0.1, -0.1], [0.3, 0.1]]))
+    while (wish := back.wish(robot.read())) is not None:
+        robot.write(arm.COMMAND.to_command(wish))
+        robot.sleep(0.1)
+    assert np.linalg.norm(robot.object - before) > hand.HELD_M
+
+
 def test_a_hand_comes_down_on_an_object_with_open_jaws():
     env, records = make()
     env.reset()
