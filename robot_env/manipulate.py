@@ -31,8 +31,8 @@ class Progress:
 class Manipulate:
     """A `Task` of kind "manipulate" for a robot with a tool that grips and a tracker for one object.
 
-    What it observes: the channels; from tool to object, and from what shall be at the checkpoint to there; how many
-    checkpoints were reached; the previous action.
+    What it observes: the channels; from the tool to where it was last told to be, from there to the object, and from
+    what shall be at the checkpoint to there; how many checkpoints were reached; the previous action.
     """
 
     relabels = True
@@ -57,7 +57,7 @@ class Manipulate:
                 )
         self.rest = command.to_action(np.asarray(command.safe))
         self.start = (float(command.safe[0]), float(command.safe[1]), 0.0)
-        self.observation_size = self._observer.size + 6 + len(spec.checkpoints) + command.size
+        self.observation_size = self._observer.size + 9 + len(spec.checkpoints) + command.size
 
     def walls(self) -> list[np.ndarray]:
         """None."""
@@ -68,12 +68,16 @@ class Manipulate:
         return Progress()
 
     def observe(self, progress: Progress, reading: Reading, action: np.ndarray) -> np.ndarray:
-        """Channels; tool to object; to the checkpoint; checkpoints reached (one-hot); previous action."""
+        """Channels; tool to command to object; to the checkpoint; checkpoints reached (one-hot); previous action.
+
+        A tool comes up to 5 cm behind its command: steered by where it is alone, it swings to and fro.
+        """
         values = reading.values
+        told = self._command.to_command(action)[:3]
         reached = np.zeros(len(self._checkpoints))
         reached[min(progress.stage, len(reached) - 1)] = 1.0
-        between = (values["object"] - values["tool"]) / NEAR_M
-        parts = self._observer(reading), between, self._gap(progress, reading) / NEAR_M, reached, np.clip(action, -1, 1)
+        ways = told - values["tool"], values["object"] - told, self._gap(progress, reading)
+        parts = self._observer(reading), np.concatenate(ways) / NEAR_M, reached, np.clip(action, -1, 1)
         return np.concatenate(parts).astype(np.float32)
 
     def advance(self, progress: Progress, action: np.ndarray, reading: Reading) -> Outcome:

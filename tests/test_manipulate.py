@@ -109,6 +109,18 @@ def test_the_ideal_arm_is_a_twin():
     assert isinstance(Ideal(), Twin)
 
 
+def test_it_observes_the_ways_between_tool_command_object_and_checkpoint():
+    task = catalog.make_task(load("arm-pick"))
+    action = arm.COMMAND.to_action(np.array([0.22, 0.01, 0.11, 0.3]))
+    progress = task.begin(reading())
+    for stage, gap in enumerate(((0.05, 0.05, CUBE_M - 0.12), (0.0, -0.05, 0.12 - CUBE_M))):
+        progress.stage = stage
+        obs = task.observe(progress, reading(), action)
+        ahead, between = (0.02, 0.01, -0.01), (0.03, 0.04, CUBE_M - 0.11)
+        known = *np.array([*ahead, *between, *gap]) / 0.1, *np.eye(2)[stage], *action
+        assert obs.shape == (task.observation_size,) and obs[-len(known) :] == pytest.approx(known, abs=1e-5)
+
+
 def test_the_script_passes_every_checkpoint_and_the_object_is_put_back_without_a_hand():
     env, records = make()
     tally = tries(env, records, 8)
