@@ -9,6 +9,8 @@
     make accept TASK=dog-changed SEEDS="0 1"         the walks of dog-walk go on where the world has changed
     make accept TASK=dog-course SEEDS=0              10 laps of four checkpoints
     make accept TASK=arm-pick SEEDS="0 1 2 3 4"      SERL's: 20 demonstrations, a sparse reward; and by cloning
+    make accept TASK=arm-insert SEEDS="0 1"          HIL-SERL's: a scripted person takes over where it gets stuck
+    make accept TASK=arm-rlif SEEDS="0 1"            RLIF's: no reward but for takeovers; and DAgger from the same
 
 Everything goes through the command line, as a user would. Prints a table; the last line is the JSON's path.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,10 +37,13 @@ STEPS = 12_000  # 20 minutes of driving at 10 Hz
 WALK_STEPS = 24_000  # 20 minutes of walking at 20 Hz
 GROW_STEPS, COURSE_STEPS, CHANGED_STEPS = 40_000, 24_000, 10_000
 PICK_STEPS, CLONE_STEPS = 15_000, 5_000  # 25 minutes of picking at 10 Hz
+INSERT_STEPS, RLIF_STEPS = 60_000, 30_000
+POOR = 0.73  # quality of the script that takes over in RLIF's bar, which itself inserts in 4 of 10 tries
 CHANGES = {"laden": "payload_kg = 3.0", "slippery": "friction = 0.5", "weak": 'weak = "FR_thigh"'}
 SHIPPED = Path(__file__).parent.parent / "robot_env" / "tasks"
 LAPS = 10
 LONG = ("lap_time_s", "curve")  # only in the JSON
+CLONING = "--set", "agent.algorithm=bc", "--set", "learner.prior_share=1"
 
 
 def tether(*arguments: Any, check: bool = True) -> dict[str, Any]:
@@ -269,27 +275,66 @@ def circle(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, An
 
 def pick(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """SERL's bar: 15,000 steps with 20 demonstrations; cloning of the same; with the first seed also without any."""
+    teacher, given = demonstrations(folder, options.task, seed, teach.TAUGHT)
+    out = {"teacher": teacher}
+    out["learned"] = tries(folder / "learned", seed, PICK_STEPS, options.task, *given)
+    out["cloned"] = tries(folder / "cloned", seed, CLONE_STEPS, options.task, *given, *CLONING)
+    if seed == 0:
+        out["not shown"] = tries(folder / "not-shown", seed, PICK_STEPS, options.task)
+    nothing = seed > 0 or out["not shown"]["success_rate"] < 0.1
+    return out | {"passed": nothing and out["learned"]["success_rate"] >= 0.95}
+
+
+def insert(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """HIL-SERL's bar: with 20 demonstrations and a script that takes over where it gets stuck; cloning beside it."""
+    teacher, given = demonstrations(folder, options.task, seed, teach.TAUGHT)
+    out = {"teacher": teacher}
+    out["learned"] = tries(folder / "learned", seed, INSERT_STEPS, options.task, *given, "--takeover", "script")
+    out["cloned"] = tries(folder / "cloned", seed, CLONE_STEPS, options.task, *given, *CLONING)
+    learned, cloned = out["learned"], out["cloned"]
+    less = learned["taken"][0] > 0.3 and learned["taken"][-1] < 0.05
+    faster = learned["cycle_s"] <= (cloned["cycle_s"] or math.inf) / 1.5
+    return out | {"passed": learned["success_rate"] >= 0.98 and less and faster}
+
+
+def rlif(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """RLIF's bar: -1 for the step before a poor script takes over, and no other reward; DAgger with the same script."""
+    task = "arm-insert"
+    teacher, _ = demonstrations(folder, task, seed, POOR)
+    taken = "--takeover", "script", "--set", f"actor.takeover_quality={POOR}"
+    out = {"teacher": teacher}
+    out["learned"] = tries(folder / "learned", seed, RLIF_STEPS, task, "--preset", "cpu,rlif", *taken)
+    out["dagger"] = tries(folder / "dagger", seed, RLIF_STEPS, task, *CLONING, *taken)
+    better = out["learned"]["success_rate"] > out["dagger"]["success_rate"]
+    return out | {"passed": better and out["learned"]["success_rate"] >= 0.8}
+
+
+def demonstrations(folder: Path, task: str, seed: int, quality: float) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """20 tries of the script that succeeded, recorded once: how it went, and what makes them prior data."""
     folder.mkdir(parents=True, exist_ok=True)
     shown, facts = folder / "shown", folder / "shown.json"
     if not facts.exists():
         shutil.rmtree(shown, ignore_errors=True)
-        how = "--laps", 20, "--quality", teach.TAUGHT, "--seed", seed
-        facts.write_text(json.dumps(tether("record", options.task, *how, "--out", shown, "--json")))
-    cloning = "--set", "agent.algorithm=bc", "--set", "learner.prior_share=1"
-    ways = {"learned": (PICK_STEPS, ("--prior", shown)), "cloned": (CLONE_STEPS, ("--prior", shown, *cloning))}
-    out: dict[str, Any] = {"teacher": json.loads(facts.read_text())}
-    for name, (steps, given) in (ways | ({"not shown": (PICK_STEPS, ())} if seed == 0 else {})).items():
-        file, run = folder / f"{name}.json", folder / name.replace(" ", "-")
-        if not file.exists():
-            trained(run, seed, steps, options.task, *given)
-            result = tether("eval", run, "--episodes", 100, "--seed", 1000 + seed, "--json")
-            found = {key: result[key] for key in ("success_rate", "cycle_s", "interventions", "policy_ms")}
-            rows = [row for row in metrics(run) if "env/success" in row]
-            curve = [(row["step"], row["env/success"]) for row in rows]
-            file.write_text(json.dumps(found | {"curve": curve, "train_s": metrics(run)[-1]["time_s"]}))
-        out[name] = json.loads(file.read_text())
-    nothing = seed > 0 or out["not shown"]["success_rate"] < 0.1
-    return out | {"passed": nothing and out["learned"]["success_rate"] >= 0.95}
+        how = "--laps", 20, "--quality", quality, "--seed", seed
+        facts.write_text(json.dumps(tether("record", task, *how, "--out", shown, "--json")))
+    return json.loads(facts.read_text()), ("--prior", shown)
+
+
+def tries(run: Path, seed: int, steps: int, task: Any, *options: Any) -> dict[str, Any]:
+    """A training, then 100 tries without exploration and without takeovers; once: what came out is kept beside it."""
+    file = run.with_suffix(".json")
+    if not file.exists():
+        trained(run, seed, steps, task, *options)
+        result = tether("eval", run, "--episodes", 100, "--seed", 1000 + seed, "--json")
+        found = {key: result[key] for key in ("success_rate", "cycle_s", "interventions", "policy_ms")}
+        rows = [row for row in metrics(run) if "env/success" in row]
+        tenth = max(1, len(rows) // 10)  # of the tries
+        taken = [[row["env/takeovers"] for row in rows[i : i + tenth]] for i in range(0, len(rows), tenth)]
+        found["taken"] = [round(sum(part) / len(part), 3) for part in taken]
+        found["curve"] = [(row["step"], row["env/success"]) for row in rows]
+        file.write_text(json.dumps(found | {"train_s": metrics(run)[-1]["time_s"]}))
+    kept: dict[str, Any] = json.loads(file.read_text())
+    return kept
 
 
 def kept(run: Path, seed: int, steps: int, task: Any, *options: Any) -> dict[str, Any]:
@@ -343,7 +388,8 @@ def main() -> None:
     folder = Path(options.out) / Path(options.task).stem
     folder.mkdir(parents=True, exist_ok=True)
     bars = {"demo": demo, "realtime": realtime, "dog-walk": walk, "dog-run": grow, "dog-changed": changed}
-    bar = (bars | {"dog-course": circle, "arm-pick": pick}).get(options.task, course)
+    bars |= {"dog-course": circle, "arm-pick": pick, "arm-insert": insert, "arm-rlif": rlif}
+    bar = bars.get(options.task, course)
     results: dict[str, Any] = {}
     for seed in options.seeds:
         file = folder / f"seed-{seed}.json"
