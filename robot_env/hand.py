@@ -210,9 +210,10 @@ def show(
     command: Command, hz: float, checkpoints: Sequence[Checkpoint], speed_mps: float, error: np.ndarray,
     told: np.ndarray | None = None, held: bool = True,
 ) -> Scripted:
-    """A try by script: each checkpoint in turn, and then it stays. An object that is to be moved is gripped first.
+    """A try by script: each checkpoint in turn, then the last two of an object again and again, or it stays. An object
+    that is to be moved is gripped first.
 
-    `error` (3,) m: so far it misses the object when it grips, or the first place of one that it holds already.
+    `error` (3,) m: so far it misses the object when it grips, or the places of one that it held from the start.
     `told`: as of `Hand`. `held`: whether an object that is to be moved at first is between the jaws.
     """
     hand = Hand(command, hz, speed_mps, told)

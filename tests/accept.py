@@ -293,7 +293,7 @@ def insert(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     out["cloned"] = tries(folder / "cloned", seed, CLONE_STEPS, options.task, *given, *CLONING)
     learned, cloned = out["learned"], out["cloned"]
     less = learned["taken"][0] > 0.3 and learned["taken"][-1] < 0.05
-    faster = learned["cycle_s"] <= (cloned["cycle_s"] or math.inf) / 1.5
+    faster = (learned["cycle_s"] or math.inf) < (cloned["cycle_s"] or math.inf) / 1.5  # None: no try succeeded
     return out | {"passed": learned["success_rate"] >= 0.98 and less and faster}
 
 
@@ -333,8 +333,8 @@ def tries(run: Path, seed: int, steps: int, task: Any, *options: Any) -> dict[st
         found["taken"] = [round(sum(part) / len(part), 3) for part in taken]
         found["curve"] = [(row["step"], row["env/success"]) for row in rows]
         file.write_text(json.dumps(found | {"train_s": metrics(run)[-1]["time_s"]}))
-    kept: dict[str, Any] = json.loads(file.read_text())
-    return kept
+    done: dict[str, Any] = json.loads(file.read_text())
+    return done
 
 
 def kept(run: Path, seed: int, steps: int, task: Any, *options: Any) -> dict[str, Any]:
