@@ -216,8 +216,8 @@ class Learner:
         sequence number of every stream."""
         cursor, warning = self.trainer.load(self.job.folder / "snapshots") if self.job.resume else ({}, "")
         if self.job.start and not cursor:
-            warning = self.trainer.start_from(Path(self.job.start) / "snapshots")
-            _, facts = config.read(self.job.start)
+            before, facts = config.read(self.job.start)
+            warning = self.trainer.start_from(Path(self.job.start) / "snapshots", before.algorithm)
             catalog.check_actions(self.job.spec, catalog.spec_of(facts["task"], facts["name"]))
         if warning:
             self._warn(warning)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..agents import snapshot
+from ..agents import bc, snapshot
 from ..agents.replay import Batch, Replay, Strata, minibatches
 from ..robot_env.record import Record
 from ..robot_env.sample import Fold, Sample, samples
@@ -174,12 +174,17 @@ class Trainer:
         """Take the policy that is to be evaluated and deployed; there is no training after this."""
         self.state = self._algorithm.frozen(self.state)
 
-    def start_from(self, folder: Path) -> str:
-        """Take the weights and the optimiser of another run's newest snapshot; returns a warning or ""."""
-        found = snapshot.load(folder, {"task": self.state})
+    def start_from(self, folder: Path, algorithm: str) -> str:
+        """Take the weights and the optimiser of another run's newest snapshot, of cloning the actor alone; returns a
+        warning or "". Raises SnapshotError."""
+        cloned = algorithm == "bc" != self.config.algorithm
+        template = bc.State(*(getattr(self.state, name) for name in bc.State._fields)) if cloned else self.state
+        found = snapshot.load(folder, {"task": template})
         if found is None:
             raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
-        self.state = self._placed(found.states["task"])
+        state = found.states["task"]
+        state = self.state._replace(actor=state.actor, average=state.average) if cloned else state
+        self.state = self._placed(state)
         return found.warning
 
     def _placed(self, state: Any) -> Any:

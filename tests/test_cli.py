@@ -135,7 +135,7 @@ TYPED = {
     "nothing to resume": (["run", "fake.toml", "--resume"], "not a run folder .*runs lie in runs/"),
     "resume nowhere": (["run", "fake.toml", "--resume", "--out", "x"], "x: not a run folder"),
     "no prior": (["run", "fake.toml", "--prior", "lap", *TINY], "lap cannot be read: .*tether record"),
-    "from nothing": (["run", "fake.toml", "--from", "old", *TINY], "old/snapshots: no snapshot to start from"),
+    "from nothing": (["run", "fake.toml", "--from", "old", *TINY], "old: not a run folder"),
     "an address of no use": (["learner", "fake.toml", "--bind", "here", *TINY], "'here'"),
     "an address off this machine": (
         ["learner", "fake.toml", "--bind", "tcp://0.0.0.0:5555", *TINY],

@@ -35,7 +35,8 @@ def here(tmp_path, monkeypatch):
 
 
 def settings(*more: str) -> config.Config:
-    return config.load("cpu", "course", [*SETTINGS, f"learner.steps={STEPS}", *more])
+    small = [text for text in SETTINGS if "agent.algorithm=bc" not in more or "ensemble" not in text]  # bc has none
+    return config.load("cpu", "course", [*small, f"learner.steps={STEPS}", *more])
 
 
 @contextmanager
@@ -149,6 +150,25 @@ def test_who_starts_from_a_run_makes_no_random_steps():
     more = "actor.random_steps=50"
     with learner(more, folder="second", start="run") as (one, _), actor(one.link.address) as (_, orders):
         assert orders["random_steps"] == 0
+
+
+@pytest.mark.parametrize("algorithm", ["rlpd", "crossq"])
+def test_who_starts_from_cloning_takes_its_actor_alone(algorithm):
+    clone = "agent.algorithm=bc"
+    cloned, fresh = trained(drive(60), clone), trained([], f"agent.algorithm={algorithm}")
+    cloned.save(Path("run/snapshots"))
+    Path("run/config.toml").write_text(config.dump(settings(clone), task=FAKE, name="fake", seed=0), encoding="utf-8")
+    Path("second").mkdir()
+    begun = learner(f"agent.algorithm={algorithm}", folder="second", start="run")
+    if algorithm == "crossq":  # batch norm in its actor
+        with pytest.raises(SnapshotError, match="actor/.*this run needs"):
+            begun.__enter__()
+        return
+    with begun as (one, _), actor(one.link.address) as (link, _):
+        _, params = link.weights(WAIT_S)
+        assert_same(params, cloned.policy())
+        critics = jax.tree.map(np.asarray, (one.trainer.state.critic, fresh.state.critic))
+        jax.tree.map(np.testing.assert_array_equal, *critics)
 
 
 @pytest.mark.parametrize("damaged", [False, True])
