@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
 from .fit import check_channels
-from .hand import HELD_M, PutBack
+from .hand import HANGS_M, HELD_M, PutBack
 from .record import Record
 from .task import Batch, Checkpoint, Observer, Outcome, Recovery, TaskError, TaskSpec
 
@@ -25,7 +26,7 @@ class Progress:
     """Where a stream of readings stands. Moved by `Manipulate.advance` alone."""
 
     stage: int = 0  # of the checkpoints, how many were reached
-    gap_m: float | None = None  # to the next, at the reading before; None: there was none since the one before it
+    left_m: float | None = None  # of the way, at the reading before; None: there was none since it began
 
 
 class Manipulate:
@@ -83,17 +84,20 @@ class Manipulate:
     def advance(self, progress: Progress, action: np.ndarray, reading: Reading) -> Outcome:
         """1 when the last checkpoint is reached, which ends the episode; with reward "progress" also for the way made.
 
-        At home the checkpoints begin anew. An object that leaves its area truncates.
+        At home the checkpoints begin anew. The tool's at the object is the next again when the object is lost. An
+        object that leaves its area truncates.
         """
         count, tool = len(self._checkpoints), reading.values["tool"]
         if progress.stage == count or np.linalg.norm(tool - self._home) < HOME_M:
-            progress.stage, progress.gap_m = 0, None
-        gap = float(np.linalg.norm(self._gap(progress, reading)))
-        way = 0.0 if progress.gap_m is None else WAY * (progress.gap_m - gap)
-        progress.gap_m = gap
-        if gap < self._checkpoints[progress.stage].radius_m:
-            progress.stage, progress.gap_m = progress.stage + 1, None
+            progress.stage, progress.left_m = 0, None
+        elif progress.stage and self._let_go(self._checkpoints[progress.stage - 1], reading):
+            progress.stage -= 1
+        if np.linalg.norm(self._gap(progress, reading)) < self._checkpoints[progress.stage].radius_m:
+            progress.stage += 1
         done = progress.stage == count
+        left = 0.0 if done else self._left(progress, reading)
+        way = 0.0 if progress.left_m is None else WAY * (progress.left_m - left)
+        progress.left_m = left
         events = {"progress": progress.stage / count}
         lost = not done and self._lost(reading)
         if lost:
@@ -120,11 +124,27 @@ class Manipulate:
         inside = (self._area[0] - OUT_M <= place[:2]).all() and (place[:2] <= self._area[1] + OUT_M).all()
         return not inside or bool(place[2] < -OUT_M)
 
+    def _let_go(self, goal: Checkpoint, reading: Reading) -> bool:
+        """Whether the tool was at the object, and is no more."""
+        far = np.linalg.norm(reading.values["object"] - reading.values["tool"])
+        return goal.of == "tool" and goal.near == "object" and bool(far > HANGS_M)
+
     def _gap(self, progress: Progress, reading: Reading) -> np.ndarray:
-        """(3,) m from what shall be at the checkpoint to there."""
-        goal: Checkpoint = self._checkpoints[min(progress.stage, len(self._checkpoints) - 1)]
-        place = np.array(goal.at) + (reading.values["object"] if goal.near == "object" else 0.0)
-        return place - reading.values[goal.of]
+        """(3,) m from what shall be at the next checkpoint to there."""
+        goal = self._checkpoints[min(progress.stage, len(self._checkpoints) - 1)]
+        return _place(goal, reading) - reading.values[goal.of]
+
+    def _left(self, progress: Progress, reading: Reading) -> float:
+        """m to the next checkpoint, and on from each to the one after it. Of this alone, and so of no way made twice,
+        is the reward for progress a difference (Ng et al. 1999, Policy invariance under reward transformations)."""
+        places = [_place(goal, reading) for goal in self._checkpoints[progress.stage :]]
+        on = sum(float(np.linalg.norm(b - a)) for a, b in pairwise(places))
+        return float(np.linalg.norm(self._gap(progress, reading))) + on
+
+
+def _place(goal: Checkpoint, reading: Reading) -> np.ndarray:
+    """(3,) m."""
+    return np.array(goal.at) + (reading.values["object"] if goal.near == "object" else 0.0)
 
 
 def shown_task(spec: TaskSpec, records: Sequence[Record], count: int = 2) -> str:

@@ -125,7 +125,7 @@ class ByHand:
 class ByScript:
     """A stand-in for a person, for tasks of kind manipulate; it knows readings alone.
 
-    It takes the stick when the way to the next checkpoint has not become CLOSER_M shorter for STUCK_S. It moves as
+    It takes the stick when the way left has not become CLOSER_M shorter for STUCK_S. It moves as
     `hand.show` does, from the action executed last, and hands back when that checkpoint is reached, or after KEEPS_S.
     Below quality 1 it misses what it grips, in each takeover by another distance.
     """
@@ -135,7 +135,7 @@ class ByScript:
         self._rng = np.random.default_rng(seed)
         self._progress: Progress | None = None
         self._motion: Scripted | None = None  # while it has the stick
-        self._nearest = math.inf  # m to the next checkpoint, when the way became shorter last
+        self._nearest = math.inf  # m of the way left, when it became shorter last
         self._ticks = 0  # since then, or since it took the stick
 
     def wish(self, reading: Reading, action: np.ndarray) -> np.ndarray | None:
@@ -146,9 +146,9 @@ class ByScript:
             self._watch()
         assert self._progress is not None
         if self._motion is None:
-            gap = self._progress.gap_m
-            if gap is None or gap < self._nearest - CLOSER_M:
-                self._watch(math.inf if gap is None else gap)
+            left = self._progress.left_m
+            if left is None or left < self._nearest - CLOSER_M:
+                self._watch(math.inf if left is None else left)
             elif self._ticks >= STUCK_S * hz:
                 self._motion, self._ticks = self._take(reading, action, self._progress.stage), 0
         wish = None if self._motion is None else self._motion.wish(reading)
@@ -163,9 +163,9 @@ class ByScript:
         """Never."""
         return False
 
-    def _watch(self, gap_m: float = math.inf) -> None:
+    def _watch(self, left_m: float = math.inf) -> None:
         """Let go of the stick, and see how the way becomes shorter than this."""
-        self._motion, self._nearest, self._ticks = None, gap_m, 0
+        self._motion, self._nearest, self._ticks = None, left_m, 0
 
     def _follow(self, reading: Reading, action: np.ndarray) -> bool:
         """Whether the checkpoint that is next is another one now."""

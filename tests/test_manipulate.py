@@ -152,6 +152,10 @@ def test_checkpoints_count_in_their_order_and_anew_from_home():
     assert advance(at_object, at_object).events == {"progress": 0.5}
     assert advance(arm.HOME[:3], at_object).events == {"progress": 0.0}
     assert advance(at_object, at_object).events == {"progress": 0.5}
+    assert advance((0.25, 0.05, CUBE_M + 0.05), at_object).events == {"progress": 0.5}
+    assert advance((0.25, 0.05, CUBE_M + 0.07), at_object).events == {"progress": 0.0}  # it slipped out
+    assert advance((0.25, 0.0, 0.15), at_goal).events == {"progress": 0.0}
+    assert advance(at_goal, at_goal).events == {"progress": 0.5}
     done = advance((0.25, 0.0, 0.15), at_goal)
     assert (done.reward, done.terminated, done.truncated, done.events) == (1.0, True, False, {"progress": 1.0})
     assert advance((0.25, 0.0, 0.15), at_goal).events == {"progress": 0.0}
@@ -167,6 +171,18 @@ def test_the_way_towards_a_checkpoint_is_worth_something_where_it_shall_be():
         if outcome.terminated:
             break
     assert outcome.terminated and total == pytest.approx(1.0 + 5.0 * np.linalg.norm(spots[0] - spots[-1]), abs=0.1)
+
+
+def test_a_way_made_twice_is_worth_no_more():
+    task = catalog.make_task(parse(load("arm-pick").text.replace('"sparse"', '"progress"'), "arm-pick"))
+    on_table, up = (0.25, 0.05, CUBE_M), (0.25, 0.0, 0.07)
+    lifts_and_drops = (on_table, on_table), (up, up), ((0.25, 0.05, 0.12), up), ((0.25, 0.05, 0.12), on_table)
+    progress, total, sums = task.begin(reading()), 0.0, []
+    for _ in range(4):
+        for tool, thing in lifts_and_drops:
+            total += task.advance(progress, REST, reading(tool, thing)).reward
+        sums.append(total)
+    assert sums == pytest.approx([sums[0]] * 4)
 
 
 def test_an_object_that_leaves_its_area_truncates_and_one_that_cannot_be_reached_needs_a_hand():
