@@ -1,7 +1,8 @@
 """An SO-101-class arm's declaration and kinematics, which its twin and its driver share (the driver comes later).
 
-It is told where its tool shall be, not its joints: five joints place a point, and point the tool as steeply down at it
-as they can. The map frame has its origin on the table below the first axis: x forward, y left, z up.
+It is told where its tool shall be: five joints place a point, and point the tool as steeply down at it as they can. Or
+it is told its joints (`arm_joints.py`). The map frame has its origin on the table below the first axis: x forward, y
+left, z up.
 
 Sources: TheRobotStudio's SO-101 URDF, new calibration (lengths, ranges: Apache-2.0); Feetech's STS3215 data sheet
 (12 V: 30 kg cm, 45 rpm, backlash of 0.5 degrees); reliability.md 5.4 (speeds, tolerance); hardware.md 1.1 (the bus).
@@ -27,6 +28,8 @@ REACH_M = 0.245  # of the wrist from the shoulder; 6 mm short of straight
 TORQUE_NM, SPEED_RADPS = 2.94, 4.71  # at 12 V: stalled, and free
 SERVO_HZ = 50.0  # all six are read and written so often: 3.5 ms a turn of the bus (hardware.md 1.1)
 JOINT_RADPS = math.radians(90.0)  # of each joint's target, so that no wish between here and there is a jerk
+TOOL_MPS = 0.43  # of the tool, where joints are told: as fast as it may be along all three axes at once, where it is
+CLEAR_M = 0.05  # elbow and wrist are no lower above the table, where joints are told
 
 HOME = (0.16, 0.0, 0.10, 0.6)  # where it rests, jaws open: m, m, m, rad
 
@@ -58,12 +61,25 @@ COMMAND = Command(
 
 def forward(joints: np.ndarray) -> np.ndarray:
     """Where the tool is: (5,) or (6,) joint angles in rad -> (3,) m."""
+    return np.array(_places(joints)[2])
+
+
+def _places(joints: np.ndarray) -> tuple[float, float, tuple[float, float, float]]:
+    """Heights of elbow and wrist, and the place of the tool, m."""
     pan, lift, elbow, wrist = (float(q) for q in joints[:4])
     upper, fore, tool = UPPER_RAD - lift, FORE_RAD - lift - elbow, -lift - elbow - wrist
-    out, up = SHOULDER_M
-    out += UPPER_M * math.cos(upper) + FORE_M * math.cos(fore) + TOOL_M * math.cos(tool)
-    up += UPPER_M * math.sin(upper) + FORE_M * math.sin(fore) + TOOL_M * math.sin(tool)
-    return np.array([out * math.cos(pan), out * math.sin(pan), up])
+    high_elbow = SHOULDER_M[1] + UPPER_M * math.sin(upper)
+    high_wrist = high_elbow + FORE_M * math.sin(fore)
+    out = SHOULDER_M[0] + UPPER_M * math.cos(upper) + FORE_M * math.cos(fore) + TOOL_M * math.cos(tool)
+    place = out * math.cos(pan), out * math.sin(pan), high_wrist + TOOL_M * math.sin(tool)
+    return high_elbow, high_wrist, place
+
+
+def outside(joints: np.ndarray) -> float:
+    """m by which the tool is out of its workspace, and elbow and wrist nearer to the table than CLEAR_M, in all."""
+    elbow, wrist, place = _places(joints)
+    beyond = sum(max(a - p, p - b, 0.0) for p, a, b in zip(place, COMMAND.low, COMMAND.high, strict=False))
+    return beyond + max(CLEAR_M - elbow, 0.0) + max(CLEAR_M - wrist, 0.0)
 
 
 def inverse(place: np.ndarray) -> np.ndarray:
@@ -105,15 +121,30 @@ _HAND_RAD = math.atan2(TOOL_M * math.sin(_BENT_RAD), FORE_M + TOOL_M * math.cos(
 
 
 class Servos:
-    """From where the tool shall be to what the servos are told, at SERVO_HZ: no joint faster than JOINT_RADPS."""
+    """From where the tool or the joints shall be to what the servos are told, at SERVO_HZ: no joint faster than
+    JOINT_RADPS; and by joints the tool no faster than TOOL_MPS, and nothing further out of the workspace than it is."""
 
     def __init__(self, joints: np.ndarray) -> None:
         """`joints`: (6,) rad, where they are now."""
         self.target = np.array(joints, float)
 
     def step(self, command: np.ndarray) -> np.ndarray:
-        """(4,) command -> (6,) joint targets in rad, within their ranges."""
-        wanted = np.append(inverse(command[:3]), command[3])
+        """(4,) command for the tool, or (6,) for the joints -> (6,) joint targets in rad, within their ranges."""
+        led = len(command) == COMMAND.size
+        wanted = np.append(inverse(command[:3]), command[3]) if led else command
         most = JOINT_RADPS / SERVO_HZ
-        self.target = np.clip(self.target + np.clip(wanted - self.target, -most, most), LOW, HIGH)
+        then = np.clip(self.target + np.clip(wanted - self.target, -most, most), LOW, HIGH)
+        self.target = then if led else self._within(then)
         return self.target.copy()
+
+    def _within(self, then: np.ndarray) -> np.ndarray:
+        """As near to `then` (6,) as may be, joint by joint: so the tool slides along the edge of its workspace."""
+        now, place = self.target, forward(self.target)
+        single = np.where(np.eye(len(now), dtype=bool), then, now)  # one joint moves at a time
+        way = sum(float(np.linalg.norm(forward(joints) - place)) for joints in single)
+        then = now + (then - now) * min(1.0, TOOL_MPS / SERVO_HZ / max(way, 1e-9))
+        for i, value in enumerate(then):
+            moved = np.append(now[:i], [value, *now[i + 1 :]])
+            if outside(moved) <= outside(now):
+                now = moved
+        return now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -56,11 +57,17 @@ class Command:
     reach: tuple[float, ...] = ()  # a command goes no further than this from what is measured; empty: any
     tolerance: tuple[float, ...] = ()  # an actuator that follows is within this of its command; empty: any
     stays: bool = False  # it stops where it is, and not by `safe`, which is where it rests
+    tool: Led | None = None  # of one that is told its joints
 
     @property
     def size(self) -> int:
         """Number of values in a command, and in an action."""
         return len(self.names)
+
+    @property
+    def led(self) -> Led:
+        """How it is led by its tool; what is told that already takes it as it is."""
+        return self.tool or Led(self, np.asarray, np.asarray)
 
     def to_command(self, action: np.ndarray) -> np.ndarray:
         """(size,) action -> (size,) float64 command; actions beyond the box map linearly beyond it."""
@@ -71,6 +78,15 @@ class Command:
         """(size,) command -> (size,) float32 action; outside [-1, 1] where the command left the action box."""
         low, high = np.asarray(self.action_low), np.asarray(self.action_high)
         return (2.0 * (np.asarray(command, np.float64) - low) / (high - low) - 1.0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Led:
+    """A robot led by its tool: what that is told, and the two ways between this and the robot's own command."""
+
+    command: Command  # x, y, z and grip: m, m, m, rad
+    of: Callable[[np.ndarray], np.ndarray]  # (n,) command of the robot -> (4,) of its tool
+    by: Callable[[np.ndarray], np.ndarray]  # (4,) -> (n,)
 
 
 @dataclass(frozen=True)

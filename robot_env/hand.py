@@ -129,10 +129,14 @@ class Scripted:
         try:
             if self._motion is None:
                 self._motion = self._make(reading)
-                return self._command.to_action(next(self._motion))
-            return self._command.to_action(self._motion.send(reading))
+                return self._wish(next(self._motion))
+            return self._wish(self._motion.send(reading))
         except StopIteration:
             return None
+
+
+    def _wish(self, told: np.ndarray) -> np.ndarray:
+        return self._command.to_action(self._command.led.by(told))
 
 
 class PutBack(Scripted):
@@ -146,6 +150,7 @@ class PutBack(Scripted):
 
     def __init__(self, command: Command, hz: float, area: np.ndarray | None, spread_m: float = 0.0) -> None:
         super().__init__(command, self._back)
+        command = command.led.command
         self._hand, self._area, self._spread = Hand(command, hz), area, spread_m
         self._lowest, self._home = command.action_low[2], np.array(command.safe)
 
@@ -216,7 +221,7 @@ def show(
     `error` (3,) m: so far it misses the object when it grips, or the places of one that it held from the start.
     `told`: as of `Hand`. `held`: whether an object that is to be moved at first is between the jaws.
     """
-    hand = Hand(command, hz, speed_mps, told)
+    hand = Hand(command.led.command, hz, speed_mps, told)
 
     def motion(reading: Reading) -> Motion:
         off, gripped = error, held

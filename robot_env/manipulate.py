@@ -41,23 +41,24 @@ class Manipulate:
 
     def __init__(self, spec: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
         check_channels(spec, channels, ("tool", "object", "joint_position"))
-        if command.names[:3] != ("x", "y", "z") or command.size != 4:
+        led = command.led.command
+        if led.names[:3] != ("x", "y", "z") or led.size != 4:
             raise TaskError(f"{spec.name}: robot {spec.robot} has no tool to be led by x, y, z and grip")
         if spec.hindsight:
             raise TaskError(f"{spec.name}: task.hindsight must be 0: its goals are not drawn again")
         self.spec, self._command = spec, command
         self._observer, self._checkpoints = Observer(channels), spec.checkpoints
-        self._home = np.array(command.safe[:3])
+        self._home = np.array(led.safe[:3])
         self._area = np.array(spec.manipulate.area, float) if spec.manipulate.area else None
         for corner in () if self._area is None else self._area:
-            low, high = np.array(command.low[:2]), np.array(command.high[:2])
+            low, high = np.array(led.low[:2]), np.array(led.high[:2])
             if (corner < low).any() or (high < corner).any():
                 raise TaskError(
                     f"{spec.name}: manipulate.area: {corner.tolist()} is not within the robot's reach, "
                     f"{low.tolist()} to {high.tolist()} m"
                 )
         self.rest = command.to_action(np.asarray(command.safe))
-        self.start = (float(command.safe[0]), float(command.safe[1]), 0.0)
+        self.start = (float(led.safe[0]), float(led.safe[1]), 0.0)
         self.observation_size = self._observer.size + 9 + len(spec.checkpoints) + command.size
 
     def walls(self) -> list[np.ndarray]:
@@ -74,7 +75,7 @@ class Manipulate:
         A tool comes up to 5 cm behind its command: steered by where it is alone, it swings to and fro.
         """
         values = reading.values
-        told = self._command.to_command(action)[:3]
+        told = self._command.led.of(self._command.to_command(action))[:3]
         reached = np.zeros(len(self._checkpoints))
         reached[min(progress.stage, len(reached) - 1)] = 1.0
         ways = told - values["tool"], values["object"] - told, self._gap(progress, reading)

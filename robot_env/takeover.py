@@ -62,7 +62,7 @@ def check(who: str, spec: TaskSpec, command: Command) -> None:
         raise TaskError(f"{spec.name}: {who!r} cannot take over, only {', '.join(WHO)}")
     if who == "script" and spec.kind != "manipulate":
         raise TaskError(f"{spec.name}: --takeover script is for tasks of kind manipulate, not {spec.kind}")
-    if who in BY_HAND and (spec.kind not in HAND_MPS or command.names not in (STEERED, LED)):
+    if who in BY_HAND and (spec.kind not in HAND_MPS or command.led.command.names not in (STEERED, LED)):
         raise TaskError(f"{spec.name}: a person takes over cars on a course and tools that are led, and nothing else")
 
 
@@ -74,8 +74,10 @@ def by_sticks(sticks: Sticks, command: Command, hz: float, speed_mps: float, act
         return command.to_action(np.array([sticks.ahead * speed_mps, sticks.left * command.high[1]]))
     way = np.array([sticks.ahead, sticks.left, sticks.up])
     way *= speed_mps / hz / max(1.0, float(np.linalg.norm(way)))
-    change = np.array([*way, sticks.grip * command.rate[3] / hz])
-    return _boxed(command.to_action(command.to_command(action) + change), action)
+    led, told = command.led, command.to_command(action)
+    place, change = led.of(told), np.array([*way, sticks.grip * led.command.rate[3] / hz])
+    joints = led.by(place + change) - led.by(place)  # so that a tool that was turned stays turned
+    return _boxed(command.to_action(told + joints), action)
 
 
 def _boxed(wish: np.ndarray, action: np.ndarray) -> np.ndarray:
@@ -178,9 +180,10 @@ class ByScript:
 
     def _take(self, reading: Reading, action: np.ndarray, stage: int) -> Scripted:
         """The motion from here on."""
-        spec, command, told = self._task.spec, self._command, self._command.to_command(action)
-        closed = told[3] < (command.action_low[3] + command.action_high[3]) / 2
+        spec, command, led = self._task.spec, self._command, self._command.led
+        told = led.of(command.to_command(action))
+        closed = told[3] < (led.command.action_low[3] + led.command.action_high[3]) / 2
         held = not spec.manipulate.area or (closed and holds(reading))
         error = miss(self._quality, self._rng)
-        speed = min(SCRIPT_MPS, command.rate[0])
+        speed = min(SCRIPT_MPS, led.command.rate[0])
         return show(command, spec.hz, spec.checkpoints[stage:], speed, error, told, held)

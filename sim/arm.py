@@ -14,6 +14,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
+from ..drivers import arm_joints
 from ..drivers.arm import CHANNELS, COMMAND, HOME, JOINTS, SERVO_HZ, Servos, forward, inverse
 from ..drivers.base import Channel, DriverError, Reading
 from .twin import JITTER_S, KINDS, Sensor, World
@@ -102,12 +103,14 @@ class ArmTwin:
         return self.world.read()
 
     def write(self, command: np.ndarray) -> None:
-        """(4,) x, y, z in m and grip in rad, clipped to the absolute limits; it reaches the servos BUS_DELAY_S later,
-        at their next turn. Raises DriverError for nonsense."""
+        """(4,) x, y, z in m and grip in rad, or (6,) joints in rad, clipped to the absolute limits; it reaches the
+        servos BUS_DELAY_S later, at their next turn. Raises DriverError for nonsense."""
         self._check()
-        if np.shape(command) != (COMMAND.size,) or not np.isfinite(command).all():
-            raise DriverError(f"arm twin: a command is (x, y, z, grip), four finite numbers, not {command}")
-        self._waiting.append((self.world.now() + BUS_DELAY_S, np.clip(command, COMMAND.low, COMMAND.high)))
+        if np.shape(command) != (self.command.size,) or not np.isfinite(command).all():
+            names = ", ".join(self.command.names)
+            raise DriverError(f"arm twin: a command is ({names}), as many finite numbers, not {command}")
+        within = np.clip(command, self.command.low, self.command.high)
+        self._waiting.append((self.world.now() + BUS_DELAY_S, within))
 
     def stop(self) -> None:
         """At once every joint holds where it is, less the degree or two that it weighs on its servo: the tool sinks by
@@ -236,6 +239,12 @@ class ArmTwin:
         if self._touching:
             self._contacts += self.world.data.time - self._touched >= TOUCH_GAP_S
             self._touched = self.world.data.time
+
+
+class JointArmTwin(ArmTwin):
+    """The same, told its joints."""
+
+    command = arm_joints.COMMAND
 
 
 # parts that are told apart when they touch: the sum of two says which two

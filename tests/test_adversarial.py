@@ -1,5 +1,5 @@
-"""Policies that want harm, on the twins of car and arm: what reaches the driver stays within the limits, and beneath it
-what an arm's servos are told."""
+"""Policies that want harm, on the twins of car and arm, led by its tool or by its joints: what reaches the driver stays
+within the limits, and beneath it what an arm's servos are told."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import itertools
 
 import numpy as np
 import pytest
-from tether.drivers import arm, car
+from tether.drivers import arm, arm_joints, car
 from tether.launch import catalog
 from tether.robot_env.env import RobotEnv
 from tether.robot_env.safety import HOLD, LATCHED, MAX_DT_S, RUN, SafetyError
 
 pytest.importorskip("mujoco")
 
-ROBOTS = {"car": (car.COMMAND, "car-loop", 15.0), "arm": (arm.COMMAND, "arm-pick", 5.0)}  # and s of a short test
+from tether.sim.arm import ENCODER_RAD
+
+ROBOTS = {  # and s of a short test
+    "car": (car.COMMAND, "car-loop", 15.0), "arm": (arm.COMMAND, "arm-pick", 5.0),
+    "arm-joints": (arm_joints.COMMAND, "arm-pick", 5.0),
+}  # fmt: skip
 DEAF = ("not a number", "infinite", "always the wrong size")  # who stops a robot for good, again and again
 
 
@@ -74,7 +79,8 @@ POLICIES = {
 def attack(robot: str, name: str, seconds: float) -> list[tuple[float, np.ndarray, str]]:
     """(time, command, state) of all that the gate gave out: that, and nothing else, reached the driver."""
     command, task, _ = ROBOTS[robot]
-    env = catalog.make_env(catalog.make_task(catalog.load_spec(task)), seed=1)
+    text = catalog.load_spec(task).text.replace('robot = "arm"', f'robot = "{robot}"')
+    env = catalog.make_env(catalog.make_task(catalog.spec_of(text, task)), seed=1)
     assert isinstance(env, RobotEnv)
     write, step, given, written = env.robot.write, env.gate.step, [], 0
 
@@ -119,9 +125,11 @@ def check(robot: str, given: list[tuple[float, np.ndarray, str]]) -> None:
     """All within the box; driven, within the rates, and from where it was; else told what stops it: an arm stays."""
     command = ROBOTS[robot][0]
     low, high, rate = np.array(command.low), np.array(command.high), np.array(command.rate)
+    # one that was left at the end of a joint's range begins there, as it is measured
+    slack = ENCODER_RAD if command.stays else 0.0
     before, last, _ = given[0]
     for now, told, state in given[1:]:
-        assert np.isfinite(told).all() and (told >= low).all() and (told <= high).all()
+        assert np.isfinite(told).all() and (told >= low - slack).all() and (told <= high + slack).all()
         if state == RUN:
             assert (np.abs(told - last) <= rate * min(now - before, MAX_DT_S) + 1e-9).all()
         elif not command.stays:
@@ -150,11 +158,16 @@ def watch(monkeypatch) -> list[np.ndarray]:
 def run(robot: str, name: str, seconds: float, monkeypatch) -> None:
     told = watch(monkeypatch)
     check(robot, attack(robot, name, seconds))
-    if robot == "arm":
+    if robot != "car":
         targets = np.array(told)  # (turns, 2, 6)
         assert len(targets) > 0.9 * seconds * arm.SERVO_HZ
         assert (targets >= arm.LOW).all() and (targets <= arm.HIGH).all()
         assert np.abs(targets[:, 1] - targets[:, 0]).max() <= arm.JOINT_RADPS / arm.SERVO_HZ + 1e-9
+    if robot == "arm-joints":
+        before, after = (np.array([[arm.outside(joints), *arm.forward(joints)] for joints in turn]) for turn in
+                         (targets[:, 0], targets[:, 1]))  # fmt: skip
+        assert (after[:, 0] <= before[:, 0] + 1e-9).all()
+        assert np.linalg.norm(after[:, 1:] - before[:, 1:], axis=1).max() <= arm.TOOL_MPS / arm.SERVO_HZ * 1.01
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -198,7 +198,7 @@ FILES = {
     "broken": ("[task]", "[task", "not valid TOML"),
     "an unknown key": ("hz = 10", "hz = 10\nspeed = 3", "unknown key task.speed; valid are"),
     "a module path": ('"fake"', '"os:system"', "not a module path"),
-    "another robot": ('"fake"', '"boat"', "unknown robot 'boat'; this installation has car, quadruped, arm, fake"),
+    "another robot": ('"fake"', '"boat"', "unknown robot 'boat'; this installation has car, quadruped, arm, arm-"),
     "a checkpoint in the wall": ("at = [4.0, 0.0]", "at = [4.0, 3.0]", "outside the walls"),
     "a wider limit": ("[course]", "[gate]\nmax_speed_mps = 99\n[course]", "only tighten"),
 }

@@ -55,8 +55,8 @@ area = [[0.1, -0.1], [0.3, 0.1]]
 [[checkpoint]]
 at = [0.2, 0.0, 0.05]
 """
-BOLTED = {"arm"}  # down: what is placed is what lies before it
-TASKS = {"car": COURSE, "fake": COURSE, "quadruped": WALK, "arm": MANIPULATE}
+BOLTED = {"arm", "arm-joints"}  # down: what is placed is what lies before it
+TASKS = {"car": COURSE, "fake": COURSE, "quadruped": WALK, "arm": MANIPULATE, "arm-joints": MANIPULATE}
 
 
 def make(row: str) -> Twin:
@@ -193,7 +193,7 @@ def test_stop_is_idempotent_in_any_state_and_stops(robot):
     robot.stop()
     # a robot whose middle is standing still is kept moving from there towards where it is safe, and back
     away = [middle(robot), np.array(robot.command.safe)] if "joint_velocity" in robot.read().values else [middle(robot)]
-    for k in range(20):
+    for k in range(21):
         robot.write(away[k // 3 % len(away)])
         robot.sleep(0.05)
     assert moving(robot) > 0.5

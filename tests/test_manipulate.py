@@ -369,6 +369,20 @@ def test_the_twin_practises_without_a_person():
         assert found["resets"] >= 3 and found["put_back"] >= BAR and not found["needed"], found
 
 
+@pytest.mark.parametrize("name", ["arm-reach", "arm-pick", "arm-insert"])
+def test_an_arm_told_its_joints_is_led_by_the_same_scripts(name):
+    pytest.importorskip("mujoco")
+    spec = parse(load(name).text.replace('robot = "arm"', 'robot = "arm-joints"'), name)
+    env = catalog.make_env(catalog.make_task(spec), seed=3)
+    records: list[Record] = []
+    env.on_record.append(records.append)
+    tally = tries(env, records, 2)
+    assert tally.successes == [1.0] * 2 and tally.episodes.interventions == 0
+    actions = np.array([r.action for r in records if r.source == "teacher" and r.action is not None])
+    assert actions.shape[1] == 6 and np.abs(actions).max() < 1.001
+    env.close()
+
+
 def test_a_hand_is_never_told_to_leave_the_workspace():
     told = []
     one = hand.Hand(arm.COMMAND, 10.0)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tether.agents.replay import Replay, minibatches
-from tether.drivers import arm
+from tether.drivers import arm, arm_joints
 from tether.drivers.base import DriverError, Sticks
 from tether.launch import catalog, cli, config, teach
 from tether.launch.actor import Leave, Pilot, serve
@@ -35,6 +35,7 @@ from tether.robot_env.takeover import (
     ByHand,
     ByScript,
     Takeover,
+    by_sticks,
     check,
 )  # fmt: skip
 from tether.robot_env.task import TaskError, load, parse
@@ -225,6 +226,16 @@ def test_a_hand_has_the_stick_until_a_while_after_it_let_go():
     hand.begin()  # an episode ended
     sticks[0] = Sticks()
     assert hand.wish(reading(), action) is None
+
+
+def test_a_tool_that_was_turned_stays_turned_in_a_persons_hand():
+    action = arm_joints.COMMAND.to_action(np.array([0.1, -0.3, 0.3, 1.2, 0.5, 0.4]))
+    told = arm_joints.COMMAND.to_command(action)
+    assert by_sticks(Sticks(), arm_joints.COMMAND, 10.0, 0.06, action) == pytest.approx(action, abs=1e-6)
+    wish = by_sticks(Sticks(left=1.0, grip=1.0), arm_joints.COMMAND, 10.0, 0.06, action)
+    then = arm_joints.COMMAND.to_command(wish)
+    assert then[4] == pytest.approx(told[4], abs=1e-6) and then[5] - told[5] == pytest.approx(0.08, abs=1e-6)
+    assert arm.forward(then) - arm.forward(told) == pytest.approx([0.0, 0.006, 0.0], abs=1e-3)
 
 
 @pytest.mark.parametrize("seen_by", ["wish", "stopped"])
