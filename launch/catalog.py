@@ -45,9 +45,7 @@ ROBOTS = {
         "tether.robot_env.legs:Legged", "walk",
     ),
     "arm": RobotRow("tether.drivers.arm", "tether.sim.arm:ArmTwin", None, "SO-101-class arm, six servos", None),
-    "arm-joints": RobotRow(
-        "tether.drivers.arm_joints", "tether.sim.arm:JointArmTwin", None, "the same arm, told its joints", None
-    ),
+    "arm-joints": RobotRow("tether.drivers.arm_joints", "tether.sim.arm:JointArmTwin", None, "arm, by joints", None),
     "fake": RobotRow("tether.drivers.fake", "tether.drivers.fake:Fake", None, "a point on a plane, for tests"),
 }  # fmt: skip
 KINDS = {

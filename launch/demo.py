@@ -18,7 +18,6 @@ Say = Callable[[str], None]
 TASK, SPEED_MPS, CHECKPOINTS, STEPS, LAPS = "car-loop", 1.0, 8, 6000, 6
 WALK, WALK_STEPS, WALKS = "dog-walk", 10_000, 3
 PICK, PICK_STEPS, SHOWN, PICKS = "arm-pick", 5_000, 20, 20
-PICK_SETS = "agent.ensemble=6", "agent.utd=10"  # learns a little worse, in less than half the time
 
 
 def car(out: Path, seed: int, say: Say) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def arm(out: Path, seed: int, say: Say) -> dict[str, Any]:
     say(f"    {SHOWN} of {demonstrated['tries']} tries succeeded, in {demonstrated['lap_time_s']} s each")
 
     say("2/4 learning from them and from practice: a reward of 1 for the cube held up, else none")
-    trained = _trained(spec, PICK, run, seed, PICK_STEPS, (str(shown),), PICK_SETS)
+    trained = _trained(spec, PICK, run, seed, PICK_STEPS, (str(shown),))
 
     say("3/4 freezing the policy")
     freeze(run, frozen)
@@ -105,12 +104,10 @@ def arm(out: Path, seed: int, say: Say) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _trained(
-    spec: TaskSpec, source: str, run: Path, seed: int, steps: int, prior: tuple[str, ...] = (), sets: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Train in the twin with the preset `cpu` and those settings. Raises RunError where it is stopped."""
-    settings = config.load("cpu", catalog.family(spec), [f"learner.steps={steps}", *sets])
-    trained = train(Job(spec, settings, run, seed, prior=prior), [])
+def _trained(spec: TaskSpec, task: str, run: Path, seed: int, steps: int, prior: Sequence[str] = ()) -> dict[str, Any]:
+    """Train in the twin with the preset `cpu`. Raises RunError where it is stopped."""
+    settings = config.load("cpu", catalog.family(spec), [f"learner.steps={steps}"])
+    trained = train(Job(spec, settings, run, seed, prior=tuple(prior)), [])
     if trained["steps"] < steps:
-        raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {source} --resume --out {run}`")
+        raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {task} --resume --out {run}`")
     return trained

@@ -182,9 +182,8 @@ class Trainer:
         found = snapshot.load(folder, {"task": template})
         if found is None:
             raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
-        state = found.states["task"]
-        state = self.state._replace(actor=state.actor, average=state.average) if cloned else state
-        self.state = self._placed(state)
+        new = found.states["task"]
+        self.state = self._placed(self.state._replace(actor=new.actor, average=new.average) if cloned else new)
         return found.warning
 
     def _placed(self, state: Any) -> Any:

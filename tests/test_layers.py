@@ -14,7 +14,7 @@ ROOMS = ("agents", "robot_env", "drivers", "sim", "launch")
 MAY_IMPORT = {
     "drivers": set(),
     "robot_env": {"drivers.base"},
-    "sim": {"drivers.base", "drivers.car", "drivers.quadruped", "drivers.leg_odometry", "drivers.arm"},
+    "sim": {f"drivers.{name}" for name in ("base", "car", "quadruped", "leg_odometry", "arm", "arm_joints")},
     "agents": set(),
     "launch": {"agents", "robot_env", "drivers", "sim"},
 }
@@ -38,7 +38,7 @@ LIMIT_CORE = 4500 + 420  # of the car alone, and where other robots, teachers an
 LINK = {"wire.py", "transport.py", "pump.py", "keys.py", "spool.py", "kept.py", "flight.py", "doctor.py"}
 # of other robots than the car: it has no camera yet, and its tasks take it as it is
 ROBOTS = {"arm.py", "quadruped.py", "leg_odometry.py", "legs.py", "stand_up.py", "walk.py", "fit.py", "frames.py"}
-ROBOTS |= {"hand.py", "manipulate.py", "takeover.py"}
+ROBOTS |= {"arm_joints.py", "hand.py", "manipulate.py", "takeover.py"}
 ALGORITHMS = {"networks.py", "sac.py", "rlpd.py", "droq.py", "bound.py", "crossq.py", "xqc.py", "bc.py", "native.py"}
 
 
