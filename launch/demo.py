@@ -83,7 +83,7 @@ def arm(out: Path, seed: int, say: Say) -> dict[str, Any]:
     say(f"1/4 {SHOWN} demonstrations by a script that often misses")
     env = catalog.make_env(catalog.make_task(spec), seed=seed)
     assert isinstance(env, RobotEnv)
-    teacher = teach.shown(env, teach.SPEED_MPS[spec.kind], teach.TAUGHT, seed)
+    teacher = teach.shown(env, teach.SPEED_MPS[spec.kind], teach.TAUGHT[PICK], seed)
     demonstrated = teach.record_tries(env, teacher, SHOWN, shown, seed, lambda line: None)
     say(f"    {SHOWN} of {demonstrated['tries']} tries succeeded, in {demonstrated['lap_time_s']} s each")
 

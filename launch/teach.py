@@ -29,7 +29,7 @@ WANDER_S = 0.5  # its correlation time
 SPEED_MPS = {"course": 1.0, "manipulate": takeover.SCRIPT_MPS}  # of a script, unless told otherwise
 SLOWEST_MPS = 0.2  # a recording that takes longer than at this speed is given up
 OVERLAP_M = 1.0  # driven beyond the last lap, so that the loop closes
-TAUGHT = 0.62  # quality of the script whose tries an arm's demonstrations are: 8 of 10 succeed
+TAUGHT = {"arm-pick": 0.62, "arm-insert": 0.94}  # quality of the scripts to learn from: 8 of 10 of their tries succeed
 PATIENCE = 10  # tries to one that succeeds, after which a recording is given up
 
 # (observation, previous action) -> (a,) wish in action units, or None to stop

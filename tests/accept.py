@@ -275,7 +275,7 @@ def circle(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, An
 
 def pick(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """SERL's bar: 15,000 steps with 20 demonstrations; cloning of the same; with the first seed also without any."""
-    teacher, given = demonstrations(folder, options.task, seed, teach.TAUGHT)
+    teacher, given = demonstrations(folder, options.task, seed, teach.TAUGHT[options.task])
     out = {"teacher": teacher}
     out["learned"] = tries(folder / "learned", seed, PICK_STEPS, options.task, *given)
     out["cloned"] = tries(folder / "cloned", seed, CLONE_STEPS, options.task, *given, *CLONING)
@@ -287,7 +287,7 @@ def pick(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
 def insert(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """HIL-SERL's bar: with 20 demonstrations and a script that takes over where it gets stuck; cloning beside it."""
-    teacher, given = demonstrations(folder, options.task, seed, teach.TAUGHT)
+    teacher, given = demonstrations(folder, options.task, seed, teach.TAUGHT[options.task])
     out = {"teacher": teacher}
     out["learned"] = tries(folder / "learned", seed, INSERT_STEPS, options.task, *given, "--takeover", "script")
     out["cloned"] = tries(folder / "cloned", seed, CLONE_STEPS, options.task, *given, *CLONING)

@@ -38,7 +38,7 @@ def at_random(env: RobotEnv, seed: int) -> Teacher:
 
 def scripted(env: RobotEnv, seed: int) -> Teacher:
     """As in an arm's demonstrations."""
-    return teach.shown(env, teach.SPEED_MPS["manipulate"], teach.TAUGHT, seed)
+    return teach.shown(env, teach.SPEED_MPS["manipulate"], teach.TAUGHT["arm-pick"], seed)
 
 
 POLICIES = {"random": at_random, "script": scripted}
