@@ -11,7 +11,7 @@ import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
 from .fit import check_channels
-from .hand import HANGS_M, HELD_M, PutBack
+from .hand import HELD_M, PutBack, holds
 from .record import Record
 from .task import Batch, Checkpoint, Observer, Outcome, Recovery, TaskError, TaskSpec
 
@@ -127,8 +127,7 @@ class Manipulate:
 
     def _let_go(self, goal: Checkpoint, reading: Reading) -> bool:
         """Whether the tool was at the object, and is no more."""
-        far = np.linalg.norm(reading.values["object"] - reading.values["tool"])
-        return goal.of == "tool" and goal.near == "object" and bool(far > HANGS_M)
+        return goal.of == "tool" and goal.near == "object" and not holds(reading)
 
     def _gap(self, progress: Progress, reading: Reading) -> np.ndarray:
         """(3,) m from what shall be at the next checkpoint to there."""

@@ -36,8 +36,8 @@ TETHER = [sys.executable, "-m", "tether.launch.cli"]
 STEPS = 12_000  # 20 minutes of driving at 10 Hz
 WALK_STEPS = 24_000  # 20 minutes of walking at 20 Hz
 GROW_STEPS, COURSE_STEPS, CHANGED_STEPS = 40_000, 24_000, 10_000
-# of an arm at 10 Hz; SERL's, HIL-SERL's and RLIF's bars would let it have 15,000, 60,000 and 30,000
-PICK_STEPS, INSERT_STEPS, RLIF_STEPS = 10_000, 15_000, 20_000
+# of an arm at 10 Hz; HIL-SERL's and RLIF's bars would let it have 60,000 and 30,000
+PICK_STEPS, INSERT_STEPS, RLIF_STEPS = 15_000, 15_000, 20_000
 CLONE_STEPS, ALONE_STEPS = 5_000, 15_000  # ALONE: without demonstrations
 TRIES = 20  # whose share of takeovers is told together
 POOR = 0.73  # quality of the script that takes over in RLIF's bar, which itself inserts in 4 of 10 tries

@@ -152,11 +152,11 @@ def test_checkpoints_count_in_their_order_and_anew_from_home():
     assert advance(at_object, at_object).events == {"progress": 0.5}
     assert advance(arm.HOME[:3], at_object).events == {"progress": 0.0}
     assert advance(at_object, at_object).events == {"progress": 0.5}
-    assert advance((0.25, 0.05, CUBE_M + 0.05), at_object).events == {"progress": 0.5}
-    assert advance((0.25, 0.05, CUBE_M + 0.07), at_object).events == {"progress": 0.0}  # it slipped out
+    assert advance((0.25, 0.05, CUBE_M + 0.028), at_object).events == {"progress": 0.5}
+    assert advance((0.25, 0.05, CUBE_M + 0.032), at_object).events == {"progress": 0.0}  # it slipped out
     assert advance((0.25, 0.0, 0.15), at_goal).events == {"progress": 0.0}
     assert advance(at_goal, at_goal).events == {"progress": 0.5}
-    done = advance((0.25, 0.0, 0.15), at_goal)
+    done = advance((0.25, 0.0, 0.14), at_goal)
     assert (done.reward, done.terminated, done.truncated, done.events) == (1.0, True, False, {"progress": 1.0})
     assert advance((0.25, 0.0, 0.15), at_goal).events == {"progress": 0.0}
 
