@@ -150,7 +150,7 @@ def _restore(where: str, template: Any, payload: bytes) -> Any:
         saved, needed = _shape(arrays.get(name)), _shape(fresh.get(name))
         if saved != needed:
             raise SnapshotError(
-                f"{where}/{name} is {saved}, this run needs {needed}: resume with the settings it was saved with"
+                f"{where}/{name} is {saved}, this run needs {needed}: give the settings it was saved with"
             )
     leaves, structure = jax.tree.flatten(template)
     values = [jax.numpy.array(arrays[name]) for name in fresh]

@@ -40,8 +40,10 @@ def run(options: Namespace) -> Said:
         actor = [flag for flag in ("--realtime", "--view") if getattr(options, flag[2:])]
         actor += [part for failure in options.fail for part in ("--fail", failure)]
     result = train(job, actor)
-    text = f"{result['steps']:,} steps in {result['train_s']} s; the run is in {job.folder}\n"
-    return text + f"next: tether eval {job.folder}   tether report {job.folder}   tether export {job.folder}", result
+    text = f"{result['steps']:,} steps in {result['train_s']} s; the run is in {job.folder}\nnext: "
+    if result["steps"] < job.config.learner.steps:
+        text += f"the same with --resume --out {job.folder}   "
+    return text + f"tether eval {job.folder}   tether report {job.folder}   tether export {job.folder}", result
 
 
 def actor(options: Namespace) -> Said:
@@ -86,7 +88,7 @@ def course(options: Namespace) -> Said:
     text = "{file}: {checkpoints} checkpoints on {length_m} m, {width_m} m wide\nnext: tether record {file}"
     if not result["length_m"]:  # no way along the floor
         text = "{file}: {checkpoints} checkpoints\nnext: tether run {file} --prior " + str(file)
-    return text.format(**result), result
+    return text.format(**result).replace("None", "-"), result
 
 
 def evaluate(options: Namespace) -> Said:

@@ -217,7 +217,7 @@ def make_course(
         meta, records = record.read_recording(file)
         driven = task.parse(meta.task, file.name, f"{file} (its task)")
         if driven.kind == "manipulate":
-            return _make_manipulation(driven, records, out, checkpoints)
+            return _make_manipulation(driven, records, out, checkpoints, width)
         places = np.array([r.reading.values["pose"][:2] for r in records if r.source != "reset"], np.float64)
         first, last = track.find_loop(places, meta.hz)
         line = track.lap_line(places[first:last])
@@ -234,11 +234,11 @@ def make_course(
 
 
 def _make_manipulation(
-    driven: task.TaskSpec, records: list[Record], out: Path, checkpoints: int | None
+    driven: task.TaskSpec, records: list[Record], out: Path, checkpoints: int | None, width: float | None
 ) -> dict[str, Any]:
     """The same task with checkpoints from recorded tries."""
-    if checkpoints == 1:
-        raise task.TaskError("--checkpoints 1: at least 2, where the object is gripped and where it ends")
+    if width or checkpoints == 1:
+        raise task.TaskError("no --width for an arm, and at least 2 --checkpoints: the object gripped, and its end")
     text = shown_task(driven, records, checkpoints or 2)
     _write(text, out)
     return {"file": str(out), "checkpoints": text.count("[[checkpoint]]"), "width_m": 0.0, "length_m": 0.0}

@@ -11,12 +11,13 @@ import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
 from .fit import check_channels
-from .hand import HELD_M, PutBack, holds
+from .hand import HANGS_M, HELD_M, PutBack, holds
 from .record import Record
 from .task import Batch, Checkpoint, Observer, Outcome, Recovery, TaskError, TaskSpec
 
 NEAR_M = 0.1  # divides what is observed of how far tool, object and checkpoint are apart
 WAY = 5.0  # 1/m: what the way towards a checkpoint is worth, where the reward is for progress
+SHARED_M = 0.1  # tries that are further apart at some share of their way have no place there in common
 OUT_M = 0.03  # further outside its area than this, the object is lost for this try
 HOME_M = 0.04  # nearer to where it rests than this, a try begins
 
@@ -56,6 +57,14 @@ class Manipulate:
                 raise TaskError(
                     f"{spec.name}: manipulate.area: {corner.tolist()} is not within the robot's reach, "
                     f"{low.tolist()} to {high.tolist()} m"
+                )
+        low, high = np.array(led.low[:3]) - HANGS_M, np.array(led.high[:3]) + HANGS_M
+        for i, goal in enumerate(spec.checkpoints):
+            beyond = np.maximum(low - goal.at, goal.at - high).max() if goal.near == "map" else np.linalg.norm(goal.at)
+            if beyond > goal.radius_m:
+                raise TaskError(
+                    f"{spec.name}: checkpoint[{i}].at = {list(goal.at)} is out of reach: the tool goes from "
+                    f"{list(led.low[:3])} to {list(led.high[:3])} m, and near an object it is within radius_m of it"
                 )
         self.rest = command.to_action(np.asarray(command.safe))
         self.start = (float(led.safe[0]), float(led.safe[1]), 0.0)
@@ -160,12 +169,18 @@ def shown_task(spec: TaskSpec, records: Sequence[Record], count: int = 2) -> str
     if not ways:
         raise TaskError(f"{spec.name}: the recording has no try in which the tool moved the object by {HELD_M} m")
     text = re.sub(r"^\[\[checkpoint\]\].*?(?=^\[|\Z)", "", spec.text, flags=re.M | re.S).rstrip() + "\n"
+    text = f"# As {spec.name}, its checkpoints from {len(ways)} tries.\n" + re.sub(r"\A(#.*\n)+", "", text)
     text += f'\n[[checkpoint]]\nof = "tool"\nnear = "object"\nat = [0.0, 0.0, 0.0]\nradius_m = {HELD_M / 2:g}\n'
     for share in np.linspace(0.0, 1.0, count)[1:]:
         places = np.array([_along(way, share) for way in ways])
-        spread = float(np.linalg.norm(places - places.mean(0), axis=1).mean())
+        apart = float(np.linalg.norm(places - places.mean(0), axis=1).max())
+        if apart > SHARED_M:
+            raise TaskError(
+                f"{spec.name}: after {share:.0%} of their way the tries are up to {apart:.2f} m from their mean place; "
+                "give fewer --checkpoints (2: the object gripped, and where it ends), or show it again"
+            )
         at = ", ".join(f"{v:.3f}" for v in places.mean(0))
-        text += f'\n[[checkpoint]]\nof = "object"\nat = [{at}]\nradius_m = {max(2.0 * spread, 0.02):.3f}\n'
+        text += f'\n[[checkpoint]]\nof = "object"\nat = [{at}]\nradius_m = {max(apart, 0.02) + 0.005:.3f}\n'
     return text
 
 

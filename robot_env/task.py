@@ -251,12 +251,12 @@ Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, and whether it
 
 
 def _check(table: dict[str, Any], rules: dict[str, Rule], file: str, prefix: str = "", required: str = "") -> None:
-    for key in required.split():
+    for key in (*table, *required.split()):
+        if key not in rules:
+            raise TaskError(f"{file}: unknown key {prefix}{key}; valid are {', '.join(rules)}")
         if key not in table:
             raise TaskError(f"{file}: {prefix}{key} is missing; it must be {rules[key][0]}")
     for key, value in table.items():
-        if key not in rules:
-            raise TaskError(f"{file}: unknown key {prefix}{key}; valid are {', '.join(rules)}")
         must, fits = rules[key]
         if not fits(value):
             raise TaskError(f"{file}: {prefix}{key} must be {must}, not {value!r:.80}")

@@ -297,15 +297,19 @@ def test_a_recording_of_tries_is_prior_data(tmp_path):
 
 
 def test_a_task_from_a_recording_has_its_checkpoints_where_the_object_was_brought(tmp_path):
-    env, _ = make()
+    env, _ = make(**{"[[0.08, -0.15], [0.38, 0.15]]": "[[0.2, -0.05], [0.3, 0.05]]"})
     teach.record_tries(env, teach.shown(env, 0.2, 0.5, 1), 4, tmp_path / "tries", 0, lambda line: None)
     made = teach.make_course(tmp_path / "tries", tmp_path / "mine.toml", None, None, 3)
     assert made["checkpoints"] == 3
-    spec, old = load(str(tmp_path / "mine.toml")), load("arm-pick")
+    spec, old = load(str(tmp_path / "mine.toml")), env.task.spec
     first, way, last = spec.checkpoints
     assert (first.of, first.near, first.at) == ("tool", "object", (0.0, 0.0, 0.0))
-    assert last.of == "object" and np.linalg.norm(np.subtract(last.at, old.checkpoints[-1].at)) < 0.04
-    assert CUBE_M < way.at[2] < last.at[2] + 0.02 and way.radius_m > last.radius_m
+    assert last.of == "object" and np.linalg.norm(np.subtract(last.at, old.checkpoints[-1].at)) < 0.06
+    assert CUBE_M < way.at[2] < last.at[2] + 0.02 and way.radius_m >= last.radius_m
+    assert last.radius_m < old.checkpoints[-1].radius_m + 0.02
+    assert "cube of 3 cm" not in spec.text and "from 4 tries" in spec.text
+    with pytest.raises(TaskError, match="no --width for an arm"):
+        teach.make_course(tmp_path / "tries", tmp_path / "mine.toml", None, 1.0, 3)
     assert (spec.manipulate, spec.hz, spec.episode_s, spec.twin) == (old.manipulate, old.hz, old.episode_s, old.twin)
     again, _ = make(**{old.text[old.text.index("[[checkpoint]]"):]: spec.text[spec.text.index("[[checkpoint]]"):]})
     records: list[Record] = []
@@ -313,8 +317,16 @@ def test_a_task_from_a_recording_has_its_checkpoints_where_the_object_was_brough
     assert tries(again, records, 4).successes == [1.0] * 4
 
 
+def test_tries_that_share_no_place_give_no_checkpoint_there(tmp_path):
+    env, _ = make()
+    teach.record_tries(env, teach.shown(env, 0.2, 1.0, 1), 6, tmp_path / "tries", 0, lambda line: None)
+    with pytest.raises(TaskError, match=r"after 25% of their way the tries are up to 0.1\d m .* fewer --checkpoints"):
+        teach.make_course(tmp_path / "tries", tmp_path / "mine.toml", None, None, 5)
+    assert not (tmp_path / "mine.toml").exists()
+
+
 def test_a_recording_without_a_moved_object_gives_no_task(tmp_path):
-    env, _ = make(**{"[0.25, 0.0, 0.12]": "[0.25, 0.0, 0.5]"})
+    env, _ = make(**{"[0.25, 0.0, 0.12]": "[0.25, 0.0, 0.27]"})
     env.source = "teacher"
     spec = env.task.spec
     with pytest.raises(TaskError, match="no try in which the tool moved the object"):
@@ -322,7 +334,7 @@ def test_a_recording_without_a_moved_object_gives_no_task(tmp_path):
 
 
 def test_a_recording_that_only_fails_is_given_up(tmp_path, monkeypatch):
-    env, _ = make(**{"[0.25, 0.0, 0.12]": "[0.25, 0.0, 0.5]"})
+    env, _ = make(**{"[0.25, 0.0, 0.12]": "[0.25, 0.0, 0.27]"})
     monkeypatch.setattr(teach, "PATIENCE", 2)
     with pytest.raises(Exception, match="0 of 2 tries succeeded"):
         teach.record_tries(env, teach.shown(env, 0.2, 1.0, 1), 1, tmp_path / "tries", 0, lambda line: None)
@@ -332,6 +344,8 @@ def test_a_recording_that_only_fails_is_given_up(tmp_path, monkeypatch):
     "change, says",
     [
         (('kind = "manipulate"', 'kind = "course"'), r"\[manipulate\] is for tasks of kind manipulate"),
+        (("at = [0.25, 0.0, 0.12]", "at = [0.9, 0.0, 0.12]"), r"checkpoint\[1\].at = \[0.9, .* is out of reach"),
+        (("at = [0.0, 0.0, 0.0]", "at = [0.0, 0.2, 0.0]"), r"checkpoint\[0\].at = .* is out of reach"),
         (("at = [0.25, 0.0, 0.12]", "at = [0.25, 0.0]"), r"checkpoint\[1\].at must be a point \[x, y, z\]"),
         (('of = "object"', 'of = "cube"'), r"checkpoint\[1\].of must be tool or object"),
         (('near = "object"', 'near = "tool"'), r"checkpoint\[0\].near must be map or object"),

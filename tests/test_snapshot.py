@@ -176,7 +176,7 @@ def test_an_agent_of_other_settings_is_never_restored_in_part(tmp_path):
     with pytest.raises(SnapshotError, match=r"task/critic/params/value_bias is float32\[3, 1\], .* float32\[4, 1\]"):
         snapshot.load(tmp_path, {"task": wider})
     whole = state._replace(log_temperature=jax.numpy.zeros((), int))
-    with pytest.raises(SnapshotError, match="is float32.*needs int32.*resume with the settings"):
+    with pytest.raises(SnapshotError, match="is float32.*needs int32.*give the settings"):
         snapshot.load(tmp_path, {"task": whole})
     fewer = state._replace(actor={"params": {k: v for k, v in state.actor["params"].items() if k != "log_std"}})
     with pytest.raises(

@@ -94,7 +94,7 @@ def test_a_gate_may_only_tighten(old, new, says):
 
 
 def test_an_unknown_robot_names_those_there_are():
-    with pytest.raises(TaskError, match="square: unknown robot 'cra'; this installation has car, quadruped, arm, fake"):
+    with pytest.raises(TaskError, match="square: unknown robot 'cra'; this installation has car, quadruped, arm"):
         catalog.make_task(parse(GOOD.replace('"car"', '"cra"'), "square"))
 
 
