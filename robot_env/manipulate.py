@@ -18,7 +18,7 @@ from .task import Batch, Checkpoint, Observer, Outcome, Recovery, TaskError, Tas
 NEAR_M = 0.1  # divides what is observed of how far tool, object and checkpoint are apart
 WAY = 5.0  # 1/m: what the way towards a checkpoint is worth, where the reward is for progress
 SHARED_M = 0.1  # tries that are further apart at some share of their way have no place there in common
-OUT_M = 0.03  # further outside its area than this, the object is lost for this try
+OUT_M = 0.015  # further outside its area than this, the object is lost for this try
 HOME_M = 0.04  # nearer to where it rests than this, a try begins
 
 
@@ -95,7 +95,7 @@ class Manipulate:
         """1 when the last checkpoint is reached, which ends the episode; with reward "progress" also for the way made.
 
         At home the checkpoints begin anew. The tool's at the object is the next again when the object is lost. An
-        object that leaves its area truncates.
+        object that leaves its area ends the episode, too: it shall never seem worth anything from there.
         """
         count, tool = len(self._checkpoints), reading.values["tool"]
         if progress.stage == count or np.linalg.norm(tool - self._home) < HOME_M:
@@ -113,7 +113,7 @@ class Manipulate:
         if lost:
             events["lost"] = 1.0
         reward = float(done) + (way if self.spec.manipulate.reward == "progress" else 0.0)
-        return Outcome(reward, done, lost, events, reset=True)
+        return Outcome(reward, done or lost, False, events, reset=True)
 
     def recover(self, reading: Reading, outcome: Outcome) -> Recovery:
         """Put the object back, and go home."""

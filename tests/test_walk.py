@@ -232,7 +232,7 @@ WRONG = {  # what is replaced, with what, and what the error names
     "half an action": ("[walk]", "[action]\nlow = [1]\n[walk]", "action.high is missing; it must be a list of numbers"),
     "an action of text": ("[walk]", '[action]\nlow = ["a"]\nhigh = [1]\n[walk]', "action.low must be a list of"),
     "an action, no list": ("[walk]", "[action]\nlow = -1\nhigh = 1\n[walk]", "action.low must be a list of numbers"),
-    "an unknown end": ("[walk]", "[action]\nmiddle = [1]\n[walk]", "action.low is missing"),
+    "an unknown end": ("[walk]", "[action]\nmiddle = [1]\n[walk]", "unknown key action.middle"),
     "a twin of truths": ("[walk]", "[twin]\ngrip = true\n[walk]", "twin.grip must be a text, a number or a pair"),
     "a falling pair": ("[walk]", "[twin]\ngrip = [2, 1]\n[walk]", "twin.grip must be a text, a number or a pair"),
     "three": ("[walk]", "[twin]\ngrip = [1, 2, 3]\n[walk]", "twin.grip must be a text, a number or a pair"),
