@@ -143,8 +143,11 @@ class Servos:
         single = np.where(np.eye(len(now), dtype=bool), then, now)  # one joint moves at a time
         way = sum(float(np.linalg.norm(forward(joints) - place)) for joints in single)
         then = now + (then - now) * min(1.0, TOOL_MPS / SERVO_HZ / max(way, 1e-9))
-        for i, value in enumerate(then):
-            moved = np.append(now[:i], [value, *now[i + 1 :]])
-            if outside(moved) <= outside(now):
-                now = moved
+        now, out = now.copy(), outside(now)
+        for i, before in enumerate(now.tolist()):
+            now[i] = then[i]
+            if (moved := outside(now)) > out:
+                now[i] = before
+            else:
+                out = moved
         return now

@@ -34,7 +34,8 @@ COMMAND = Command(
     safe=tuple(_by(np.array(arm.HOME)).tolist()),
     stays=True,
     measured=tuple(f"joint_position[{i}]" for i in range(len(arm.JOINTS))),
-    reach=(*(0.3,) * _GRIP, arm.COMMAND.reach[3]),  # how hard it can press: 0.3 rad are all of a servo's torque
+    # at full speed a joint is up to 0.2 rad late; how hard it presses is up to the servos, which stall at 0.08 rad
+    reach=(*(0.3,) * _GRIP, arm.COMMAND.reach[3]),
     tolerance=(*(0.4,) * _GRIP, arm.COMMAND.tolerance[3]),
     tool=Led(arm.COMMAND, _of, _by),
 )

@@ -88,7 +88,7 @@ def course(options: Namespace) -> Said:
     text = "{file}: {checkpoints} checkpoints on {length_m} m, {width_m} m wide\nnext: tether record {file}"
     if not result["length_m"]:  # no way along the floor
         text = "{file}: {checkpoints} checkpoints\nnext: tether run {file} --prior " + str(file)
-    return text.format(**result).replace("None", "-"), result
+    return text.format(**result), result
 
 
 def evaluate(options: Namespace) -> Said:
@@ -220,7 +220,8 @@ def _drive(
     elif env.task.spec.kind == "walk":
         text = "{episodes} episodes, {speed_mps:.2f} m/s, {falls} falls"
     elif env.task.spec.kind == "manipulate":
-        text = "{success_rate:.0%} of {episodes} tries in {cycle_s} s, {interventions} interventions"
+        each = " in {cycle_s} s each" if result["cycle_s"] else ""
+        text = "{success_rate:.0%} of {episodes} tries" + each + ", {interventions} interventions"
     text += "; policy p99 {policy_ms[p99]:.3f} ms"
     return text.format(**result), result | (more or {})
 

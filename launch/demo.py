@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,12 @@ def arm(out: Path, seed: int, say: Say) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _trained(spec: TaskSpec, task: str, run: Path, seed: int, steps: int, prior: Sequence[str] = ()) -> dict[str, Any]:
+def _trained(
+    spec: TaskSpec, source: str, run: Path, seed: int, steps: int, prior: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Train in the twin with the preset `cpu`. Raises RunError where it is stopped."""
     settings = config.load("cpu", catalog.family(spec), [f"learner.steps={steps}"])
-    trained = train(Job(spec, settings, run, seed, prior=tuple(prior)), [])
+    trained = train(Job(spec, settings, run, seed, prior=prior), [])
     if trained["steps"] < steps:
-        raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {task} --resume --out {run}`")
+        raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {source} --resume --out {run}`")
     return trained

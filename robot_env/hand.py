@@ -116,6 +116,17 @@ def holds(reading: Reading) -> bool:
     return bool(np.linalg.norm(reading.values["object"] - reading.values["tool"]) < HELD_M)
 
 
+def place_of(goal: Checkpoint, reading: Reading) -> np.ndarray:
+    """(3,) m: where a checkpoint lies now."""
+    return np.array(goal.at) + (reading.values["object"] if goal.near == "object" else 0.0)
+
+
+def grips(goal: Checkpoint, following: Checkpoint | None) -> bool:
+    """Whether at this checkpoint the object comes between the jaws, to be moved to the next."""
+    at_it = goal.of == "tool" and goal.near == "object" and float(np.linalg.norm(goal.at)) < HELD_M
+    return at_it and following is not None and following.of == "object"
+
+
 class Scripted:
     """A motion asked for one wish a tick. `needs_hand` is for those that ask a person for help, as a reset may."""
 
@@ -133,7 +144,6 @@ class Scripted:
             return self._wish(self._motion.send(reading))
         except StopIteration:
             return None
-
 
     def _wish(self, told: np.ndarray) -> np.ndarray:
         return self._command.to_action(self._command.led.by(told))
@@ -226,12 +236,12 @@ def show(
     def motion(reading: Reading) -> Motion:
         off, gripped = error, held
         for goal, following in zip(checkpoints, (*checkpoints[1:], None), strict=True):
-            place = np.array(goal.at) + (reading.values["object"] if goal.near == "object" else 0.0)
+            place = place_of(goal, reading)
             if goal.of == "object":
                 if not gripped:
                     reading, off, gripped = (yield from hand.pick(reading, off)), np.zeros(3), True
                 reading = yield from hand.carry(reading, place + off, goal.radius_m / 2)
-            elif goal.near == "object" and following is not None and following.of == "object":
+            elif grips(goal, following):
                 reading, off, gripped = (yield from hand.pick(reading, off)), np.zeros(3), True
             else:
                 reading = yield from hand.go(reading, place + off, goal.radius_m / 2)

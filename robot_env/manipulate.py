@@ -11,13 +11,14 @@ import numpy as np
 
 from ..drivers.base import Channel, Command, Reading
 from .fit import check_channels
-from .hand import HANGS_M, HELD_M, PutBack, holds
+from .hand import HANGS_M, HELD_M, PutBack, grips, holds, place_of
 from .record import Record
-from .task import Batch, Checkpoint, Observer, Outcome, Recovery, TaskError, TaskSpec
+from .task import Batch, Observer, Outcome, Recovery, TaskError, TaskSpec
 
 NEAR_M = 0.1  # divides what is observed of how far tool, object and checkpoint are apart
 WAY = 5.0  # 1/m: what the way towards a checkpoint is worth, where the reward is for progress
 SHARED_M = 0.1  # tries that are further apart at some share of their way have no place there in common
+NOISE_M = 0.005  # of a tracker, and what is lost where numbers are written down
 OUT_M = 0.015  # further outside its area than this, the object is lost for this try
 HOME_M = 0.04  # nearer to where it rests than this, a try begins
 
@@ -42,7 +43,8 @@ class Manipulate:
 
     def __init__(self, spec: TaskSpec, channels: tuple[Channel, ...], command: Command) -> None:
         check_channels(spec, channels, ("tool", "object", "joint_position"))
-        led = command.led.command
+        self._led = command.led
+        led = self._led.command
         if led.names[:3] != ("x", "y", "z") or led.size != 4:
             raise TaskError(f"{spec.name}: robot {spec.robot} has no tool to be led by x, y, z and grip")
         if spec.hindsight:
@@ -58,14 +60,13 @@ class Manipulate:
                     f"{spec.name}: manipulate.area: {corner.tolist()} is not within the robot's reach, "
                     f"{low.tolist()} to {high.tolist()} m"
                 )
-        low, high = np.array(led.low[:3]) - HANGS_M, np.array(led.high[:3]) + HANGS_M
-        for i, goal in enumerate(spec.checkpoints):
-            beyond = np.maximum(low - goal.at, goal.at - high).max() if goal.near == "map" else np.linalg.norm(goal.at)
-            if beyond > goal.radius_m:
-                raise TaskError(
-                    f"{spec.name}: checkpoint[{i}].at = {list(goal.at)} is out of reach: the tool goes from "
-                    f"{list(led.low[:3])} to {list(led.high[:3])} m, and near an object it is within radius_m of it"
-                )
+        self._check_reach(np.array(led.low[:3]), np.array(led.high[:3]))
+        self._grips: list[int | None] = []  # of each checkpoint: the one where what it is about was gripped
+        grip = None
+        for i, (goal, following) in enumerate(zip(spec.checkpoints, (*spec.checkpoints[1:], None), strict=True)):
+            self._grips.append(grip if goal.of == "object" else None)
+            if goal.of == "tool":
+                grip = i if grips(goal, following) else None
         self.rest = command.to_action(np.asarray(command.safe))
         self.start = (float(led.safe[0]), float(led.safe[1]), 0.0)
         self.observation_size = self._observer.size + 9 + len(spec.checkpoints) + command.size
@@ -84,7 +85,7 @@ class Manipulate:
         A tool comes up to 5 cm behind its command: steered by where it is alone, it swings to and fro.
         """
         values = reading.values
-        told = self._command.led.of(self._command.to_command(action))[:3]
+        told = self._led.of(self._command.to_command(action))[:3]
         reached = np.zeros(len(self._checkpoints))
         reached[min(progress.stage, len(reached) - 1)] = 1.0
         ways = told - values["tool"], values["object"] - told, self._gap(progress, reading)
@@ -94,14 +95,14 @@ class Manipulate:
     def advance(self, progress: Progress, action: np.ndarray, reading: Reading) -> Outcome:
         """1 when the last checkpoint is reached, which ends the episode; with reward "progress" also for the way made.
 
-        At home the checkpoints begin anew. The tool's at the object is the next again when the object is lost. An
-        object that leaves its area ends the episode, too: it shall never seem worth anything from there.
+        At home the checkpoints begin anew. What was gripped and slipped has to be gripped again. An object that leaves
+        its area ends the episode, too: it shall never seem worth anything from there.
         """
         count, tool = len(self._checkpoints), reading.values["tool"]
         if progress.stage == count or np.linalg.norm(tool - self._home) < HOME_M:
             progress.stage, progress.left_m = 0, None
-        elif progress.stage and self._let_go(self._checkpoints[progress.stage - 1], reading):
-            progress.stage -= 1
+        elif (grip := self._grips[progress.stage]) is not None and not holds(reading):
+            progress.stage = grip
         if np.linalg.norm(self._gap(progress, reading)) < self._checkpoints[progress.stage].radius_m:
             progress.stage += 1
         done = progress.stage == count
@@ -127,33 +128,39 @@ class Manipulate:
         """There is no goal to draw again."""
         return batch
 
-    def _lost(self, reading: Reading) -> bool:
-        if self._area is None:
-            return False
-        place = reading.values["object"]
-        inside = (self._area[0] - OUT_M <= place[:2]).all() and (place[:2] <= self._area[1] + OUT_M).all()
-        return not inside or bool(place[2] < -OUT_M)
+    def _check_reach(self, low: np.ndarray, high: np.ndarray) -> None:
+        """Raise TaskError for a place in the map that no tool between these corners (3,) m gets to, nor what it holds;
+        or where an object would be lost on its way."""
+        for i, goal in enumerate(self._checkpoints):
+            beyond = np.maximum(low - HANGS_M - goal.at, goal.at - (high + HANGS_M)).max()
+            where = f"{self.spec.name}: checkpoint[{i}].at = {list(goal.at)}"
+            if goal.near == "map" and beyond > goal.radius_m:
+                raise TaskError(f"{where} is out of reach: the tool goes from {low.tolist()} to {high.tolist()} m")
+            if goal.near == "map" and goal.of == "object" and not self._within(np.array(goal.at), goal.radius_m):
+                raise TaskError(f"{where} is outside manipulate.area: the object is lost there")
 
-    def _let_go(self, goal: Checkpoint, reading: Reading) -> bool:
-        """Whether the tool was at the object, and is no more."""
-        return goal.of == "tool" and goal.near == "object" and not holds(reading)
+    def _lost(self, reading: Reading) -> bool:
+        place = reading.values["object"]
+        return not self._within(place) or (self._area is not None and bool(place[2] < -OUT_M))
+
+    def _within(self, place: np.ndarray, more_m: float = 0.0) -> bool:
+        """Whether an object at `place` (3,) m is in its area, or no further than OUT_M and so far outside."""
+        if self._area is None:
+            return True
+        out = OUT_M + more_m
+        return bool((self._area[0] - out <= place[:2]).all() and (place[:2] <= self._area[1] + out).all())
 
     def _gap(self, progress: Progress, reading: Reading) -> np.ndarray:
         """(3,) m from what shall be at the next checkpoint to there."""
         goal = self._checkpoints[min(progress.stage, len(self._checkpoints) - 1)]
-        return _place(goal, reading) - reading.values[goal.of]
+        return place_of(goal, reading) - reading.values[goal.of]
 
     def _left(self, progress: Progress, reading: Reading) -> float:
-        """m to the next checkpoint, and on from each to the one after it. Of this alone, and so of no way made twice,
-        is the reward for progress a difference (Ng et al. 1999, Policy invariance under reward transformations)."""
-        places = [_place(goal, reading) for goal in self._checkpoints[progress.stage :]]
+        """m to the next checkpoint, and on from each to the one after it. The reward for progress is a difference of
+        this alone, so that a way there and back sums to nothing (a potential, as in Ng et al. 1999, not discounted)."""
+        places = [place_of(goal, reading) for goal in self._checkpoints[progress.stage :]]
         on = sum(float(np.linalg.norm(b - a)) for a, b in pairwise(places))
         return float(np.linalg.norm(self._gap(progress, reading))) + on
-
-
-def _place(goal: Checkpoint, reading: Reading) -> np.ndarray:
-    """(3,) m."""
-    return np.array(goal.at) + (reading.values["object"] if goal.near == "object" else 0.0)
 
 
 def shown_task(spec: TaskSpec, records: Sequence[Record], count: int = 2) -> str:
@@ -180,7 +187,7 @@ def shown_task(spec: TaskSpec, records: Sequence[Record], count: int = 2) -> str
                 "give fewer --checkpoints (2: the object gripped, and where it ends), or show it again"
             )
         at = ", ".join(f"{v:.3f}" for v in places.mean(0))
-        text += f'\n[[checkpoint]]\nof = "object"\nat = [{at}]\nradius_m = {max(apart, 0.02) + 0.005:.3f}\n'
+        text += f'\n[[checkpoint]]\nof = "object"\nat = [{at}]\nradius_m = {max(apart, 0.02) + NOISE_M:.3f}\n'
     return text
 
 

@@ -76,8 +76,8 @@ def by_sticks(sticks: Sticks, command: Command, hz: float, speed_mps: float, act
     way *= speed_mps / hz / max(1.0, float(np.linalg.norm(way)))
     led, told = command.led, command.to_command(action)
     place, change = led.of(told), np.array([*way, sticks.grip * led.command.rate[3] / hz])
-    joints = led.by(place + change) - led.by(place)  # so that a tool that was turned stays turned
-    return _boxed(command.to_action(told + joints), action)
+    told = told + led.by(place + change) - led.by(place)  # by joints: a tool that was turned stays turned
+    return _boxed(command.to_action(told), action)
 
 
 def _boxed(wish: np.ndarray, action: np.ndarray) -> np.ndarray:
@@ -127,8 +127,8 @@ class ByHand:
 class ByScript:
     """A stand-in for a person, for tasks of kind manipulate; it knows readings alone.
 
-    It takes the stick when the way left has not become CLOSER_M shorter for STUCK_S. It moves as
-    `hand.show` does, from the action executed last, and hands back when that checkpoint is reached, or after KEEPS_S.
+    It takes the stick when the way left has not become CLOSER_M shorter for STUCK_S. It moves as `hand.show` does, from
+    the action executed last, and hands back when another checkpoint is the next, or after KEEPS_S.
     Below quality 1 it misses what it grips, in each takeover by another distance.
     """
 

@@ -126,7 +126,7 @@ def check(robot: str, given: list[tuple[float, np.ndarray, str]]) -> None:
     command = ROBOTS[robot][0]
     low, high, rate = np.array(command.low), np.array(command.high), np.array(command.rate)
     # one that was left at the end of a joint's range begins there, as it is measured
-    slack = ENCODER_RAD if command.stays else 0.0
+    slack = 0.0 if command.tool is None else ENCODER_RAD
     before, last, _ = given[0]
     for now, told, state in given[1:]:
         assert np.isfinite(told).all() and (told >= low - slack).all() and (told <= high + slack).all()

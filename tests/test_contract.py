@@ -193,7 +193,7 @@ def test_stop_is_idempotent_in_any_state_and_stops(robot):
     robot.stop()
     # a robot whose middle is standing still is kept moving from there towards where it is safe, and back
     away = [middle(robot), np.array(robot.command.safe)] if "joint_velocity" in robot.read().values else [middle(robot)]
-    for k in range(21):
+    for k in range(21):  # 0.15 s on its last way
         robot.write(away[k // 3 % len(away)])
         robot.sleep(0.05)
     assert moving(robot) > 0.5

@@ -173,6 +173,41 @@ def test_the_way_towards_a_checkpoint_is_worth_something_where_it_shall_be():
     assert outcome.terminated and total == pytest.approx(1.0 + 5.0 * np.linalg.norm(spots[0] - spots[-1]), abs=0.1)
 
 
+def staged(*rows: str) -> Manipulate:
+    """arm-pick with other checkpoints: "of near at"."""
+    text = load("arm-pick").text
+    for row in rows:
+        of, near, at = row.split(maxsplit=2)
+        text = text.partition("[[checkpoint]]")[0] if row is rows[0] else text
+        text += f'[[checkpoint]]\nof = "{of}"\nnear = "{near}"\nat = {at}\nradius_m = 0.015\n'
+    task = catalog.make_task(parse(text, "staged"))
+    assert isinstance(task, Manipulate)
+    return task
+
+
+def test_what_slipped_is_gripped_again_however_far_it_came():
+    task = staged("tool object [0, 0, 0]", "object map [0.25, 0.05, 0.07]", "object map [0.25, 0.0, 0.12]")
+    progress, on_table, up = task.begin(reading()), (0.25, 0.05, CUBE_M), (0.25, 0.05, 0.07)
+    reached = [
+        task.advance(progress, REST, reading(tool, thing)).events["progress"]
+        for tool, thing in ((on_table, on_table), (up, up), (up, on_table), (on_table, on_table))
+    ]
+    assert reached == pytest.approx([1 / 3, 2 / 3, 0.0, 1 / 3])
+
+
+def test_a_tool_need_not_stay_where_nothing_is_gripped():
+    """Above the object, and after it was touched."""
+    thing = (0.25, 0.05, CUBE_M)
+    for task, ways in (
+        (staged("tool object [0, 0, 0.07]", "tool object [0, 0, 0]", "object map [0.25, 0.0, 0.12]"),
+         ((0.25, 0.05, CUBE_M + 0.07), (0.25, 0.05, CUBE_M + 0.04), thing)),
+        (staged("tool object [0, 0, 0]", "tool map [0.3, 0.0, 0.1]"), (thing, (0.25, 0.05, 0.1))),
+    ):  # fmt: skip
+        progress = task.begin(reading())
+        found = [task.advance(progress, REST, reading(way, thing)).events["progress"] for way in ways]
+        assert found == sorted(found) and found[0] > 0.0
+
+
 def test_a_way_made_twice_is_worth_no_more():
     task = catalog.make_task(parse(load("arm-pick").text.replace('"sparse"', '"progress"'), "arm-pick"))
     on_table, up = (0.25, 0.05, CUBE_M), (0.25, 0.0, 0.07)
@@ -345,7 +380,7 @@ def test_a_recording_that_only_fails_is_given_up(tmp_path, monkeypatch):
     [
         (('kind = "manipulate"', 'kind = "course"'), r"\[manipulate\] is for tasks of kind manipulate"),
         (("at = [0.25, 0.0, 0.12]", "at = [0.9, 0.0, 0.12]"), r"checkpoint\[1\].at = \[0.9, .* is out of reach"),
-        (("at = [0.0, 0.0, 0.0]", "at = [0.0, 0.2, 0.0]"), r"checkpoint\[0\].at = .* is out of reach"),
+        (("[0.38, 0.15]]", "[0.18, 0.15]]"), r"checkpoint\[1\].at = .* is outside manipulate.area"),
         (("at = [0.25, 0.0, 0.12]", "at = [0.25, 0.0]"), r"checkpoint\[1\].at must be a point \[x, y, z\]"),
         (('of = "object"', 'of = "cube"'), r"checkpoint\[1\].of must be tool or object"),
         (('near = "object"', 'near = "tool"'), r"checkpoint\[0\].near must be map or object"),
