@@ -89,7 +89,7 @@ def build() -> argparse.ArgumentParser:
 
     _acting(command("actor", "actor", "the actor alone: the twin, or with --real the hardware"))
 
-    _recording(command("record", "record", "drive, and keep what was driven"))
+    _recording(command("record", "record", "drive a course or show an arm's task, and keep what was done"))
 
     course = command("course", "course", "a task file from a centre-line CSV or from a recording")
     course.add_argument("file", help="a .csv (x_m, y_m, w_tr_right_m, w_tr_left_m) or a recording")
@@ -116,7 +116,7 @@ def build() -> argparse.ArgumentParser:
     _real(drive)
     _counting(drive)
 
-    report = command("report", "report", "curves, lap times, the map and a replay in one HTML file")
+    report = command("report", "report", "curves, laps, the map and a replay in one HTML file")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the HTML file (default: RUN/report.html)")
 

@@ -40,7 +40,8 @@ def run(options: Namespace) -> Said:
         actor = [flag for flag in ("--realtime", "--view") if getattr(options, flag[2:])]
         actor += [part for failure in options.fail for part in ("--fail", failure)]
     result = train(job, actor)
-    text = f"{result['steps']:,} steps in {result['train_s']} s; the run is in {job.folder}\nnext: "
+    since = " since it went on" if job.resume else ""
+    text = f"{result['steps']:,} steps in {result['train_s']} s{since}; the run is in {job.folder}\nnext: "
     if result["steps"] < job.config.learner.steps:
         text += f"the same with --resume --out {job.folder}   "
     return text + f"tether eval {job.folder}   tether report {job.folder}   tether export {job.folder}", result
@@ -151,7 +152,7 @@ def demo(options: Namespace) -> Said:
         text = "{speed_mps:.2f} m/s, {falls} falls in {episodes} episodes"
     elif options.robot == "arm":
         result = chain.arm(out, options.seed, _progress)
-        text = "{success_rate:.0%} of {episodes} tries in {cycle_s} s (shown in {shown_s} s)"
+        text = "{success_rate:.0%} of {episodes} tries" + _each(result) + " (shown in {shown_s} s)"
     else:
         result = chain.car(out, options.seed, _progress)
         text = "lap {lap_time_s} s (demonstration {demo_lap_s} s), {clean_laps} clean laps in a row"
@@ -220,10 +221,14 @@ def _drive(
     elif env.task.spec.kind == "walk":
         text = "{episodes} episodes, {speed_mps:.2f} m/s, {falls} falls"
     elif env.task.spec.kind == "manipulate":
-        each = " in {cycle_s} s each" if result["cycle_s"] else ""
-        text = "{success_rate:.0%} of {episodes} tries" + each + ", {interventions} interventions"
+        text = "{success_rate:.0%} of {episodes} tries" + _each(result) + ", {interventions} interventions"
     text += "; policy p99 {policy_ms[p99]:.3f} ms"
     return text.format(**result), result | (more or {})
+
+
+def _each(result: dict[str, Any]) -> str:
+    """How long the tries took that succeeded, if any did."""
+    return "" if result["cycle_s"] is None else f" in {result['cycle_s']} s each"
 
 
 def _progress(line: str) -> None:
