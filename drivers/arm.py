@@ -125,8 +125,8 @@ class Servos:
     JOINT_RADPS; and by joints the tool no faster than TOOL_MPS, and nothing further out of the workspace than it is."""
 
     def __init__(self, joints: np.ndarray) -> None:
-        """`joints`: (6,) rad, where they are now."""
-        self.target = np.array(joints, float)
+        """`joints`: (6,) rad, where they are measured: at the end of a range perhaps a step of the encoder out."""
+        self.target = np.clip(joints, LOW, HIGH)
 
     def step(self, command: np.ndarray) -> np.ndarray:
         """(4,) command for the tool, or (6,) for the joints -> (6,) joint targets in rad, within their ranges."""

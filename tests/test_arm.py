@@ -63,3 +63,9 @@ def test_no_joint_target_moves_faster_than_it_may():
     for _ in range(200):
         target = servos.step(np.array(arm.HOME))
     assert arm.forward(target) == pytest.approx(arm.HOME[:3], abs=1e-6) and target[5] == pytest.approx(arm.HOME[3])
+
+
+def test_a_joint_measured_beyond_its_range_is_not_told_to_be_there():
+    past = np.array(arm.HIGH) + 0.0015  # a step of an encoder
+    for command in (np.array(arm.HOME), past):  # led by its tool, and by its joints
+        assert (arm.Servos(past).step(command) <= arm.HIGH).all()
