@@ -13,10 +13,9 @@ BUTTON, AXIS, INIT = 1, 2, 0x80
 
 
 class Gamepad:
-    """Right stick: ahead and back. Left stick: left and right, up and down. Button 0 stops, 4 opens, 5 closes.
+    """One with axes and buttons as Xbox has them."""
 
-    On a gamepad as Xbox has it these are A and the two upper shoulder buttons.
-    """
+    HOW = "right stick ahead and back, left stick left and right, up and down; LB opens, RB closes, A stops"
 
     LEFT_AXIS, UP_AXIS, AHEAD_AXIS = 0, 1, 4  # all of them are negative to the left and up
     STOP_BUTTON, OPEN_BUTTON, CLOSE_BUTTON = 0, 4, 5

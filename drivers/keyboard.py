@@ -21,7 +21,9 @@ KEYS = {
 
 
 class Keyboard:
-    """w/s or the arrows up/down: ahead and back; a/d or left/right; r/f: up and down; o/c open and close; q stops."""
+    """As far as a stick goes, while a key is held."""
+
+    HOW = "w s or arrows ahead and back, a d left and right, r f up and down, o c open and close, q stops"
 
     def __init__(self, file: int | None = None) -> None:
         self._fd = sys.stdin.fileno() if file is None else file

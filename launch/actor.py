@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from .evaluate import practise
 from .flight import FlightRecorder
 from .kept import Kept
 from .onboard import BundleError, Policy
+from .signals import stoppable
 from .spool import Spool, hours, left_behind
 from .teach import intervener
 from .transport import ActorLink, NoLearner
@@ -39,27 +39,6 @@ LEARNER_WAIT_S = 60.0  # a learner that is being started takes a while to answer
 ALONE_AFTER_S = 10.0  # the wait for it where there are weights to drive with
 SILENT_S = 5.0  # without a word from the learner until it is told
 PROBED = 16  # newest observations on which weights have to answer before they drive
-
-
-@contextmanager
-def stoppable(cause: Callable[[], str]) -> Iterator[Callable[[], str]]:
-    """Gives `stopped()`, to be looked at between steps: why to end (SIGINT, SIGTERM or what `cause()` says), or "".
-
-    Meanwhile a first signal asks for a clean end, and a second one ends at once.
-    """
-    asked: list[str] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked[0] if asked else cause()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def tell(text: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from ..drivers.base import Channel, Command
+from ..drivers.base import Channel, Command, Led
 from ..robot_env.safety import Limits
 from ..robot_env.task import TaskSpec
 from . import catalog, onboard
@@ -111,7 +111,8 @@ def _fields(source: Channel | Command | Limits) -> dict[str, Any]:
             return [plain(v) for v in np.asarray(value).tolist()]
         return None if value in (math.inf, -math.inf) else value
 
-    return {name: plain(value) for name, value in vars(source).items()}
+    # who leads it by its tool is no matter of policies
+    return {name: plain(value) for name, value in vars(source).items() if not isinstance(value, Led)}
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

@@ -116,6 +116,8 @@ def family(spec: TaskSpec) -> str:
 
 def check_actions(spec: TaskSpec, other: TaskSpec) -> None:
     """Raise TaskError unless an action means the same in both tasks."""
+    if spec.robot != other.robot:
+        raise TaskError(f"{spec.name}: {other.name} was trained on {other.robot}; this task's robot is {spec.robot}")
     if declaration(spec)[1] != declaration(other)[1]:
         raise TaskError(f"{spec.name}: in {other.name} an action is another command; same robot and [action], please")
 

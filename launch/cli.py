@@ -21,8 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = build().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        from . import commands
+        from .signals import uninterrupted
 
+        with uninterrupted():
+            from . import commands
         text, result = getattr(commands, options.command)(options)
         print(text)
         if getattr(options, "json", False):

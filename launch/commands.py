@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..drivers.base import DriverError
 from ..robot_env.course import Course
 from ..robot_env.env import RobotEnv
 from ..robot_env.gym_env import GymEnv
@@ -17,6 +15,7 @@ from ..robot_env.task import Task, TaskError, shipped
 from . import catalog, config, onboard
 from . import evaluate as evaluation
 from .config import RunError, new_folder
+from .signals import uninterrupted
 
 Said = tuple[str, dict[str, Any]]
 LAPS = 5  # driven by eval and drive unless told otherwise
@@ -25,23 +24,25 @@ EPISODES = 10
 
 def run(options: Namespace) -> Said:
     """Learner here, and unless it is `tether learner` an actor beside it."""
-    from .run import job_of, train
+    with uninterrupted():
+        from .run import job_of, train
+        from .teach import device
 
     job = job_of(options)
     actor = None
     if options.bind is None:
         catalog.failures(job.spec, options.fail)  # the actor would refuse them when the run has begun
         who = job.config.actor.takeover
-        if who == "keyboard" and not os.isatty(0):
-            raise DriverError("--takeover keyboard: this is no terminal; run it in one, or give gamepad")
+        if who in BY_HAND:
+            device(who).close()  # the actor would miss it when the run has begun
         if who == "none" and job.config.learner.takeover_reward is not None:
             raise RunError("learner.takeover_reward pays for takeovers only: say by --takeover who takes over")
         options.realtime |= who in BY_HAND
         actor = [flag for flag in ("--realtime", "--view") if getattr(options, flag[2:])]
         actor += [part for failure in options.fail for part in ("--fail", failure)]
     result = train(job, actor)
-    since = " since it went on" if job.resume else ""
-    text = f"{result['steps']:,} steps in {result['train_s']} s{since}; the run is in {job.folder}\nnext: "
+    new = f" in all, {result['new_steps']:,} of them" if job.resume else ""
+    text = f"{result['steps']:,} steps{new} in {result['train_s']} s; the run is in {job.folder}\nnext: "
     if result["steps"] < job.config.learner.steps:
         text += f"the same with --resume --out {job.folder}   "
     return text + f"tether eval {job.folder}   tether report {job.folder}   tether export {job.folder}", result
@@ -49,7 +50,8 @@ def run(options: Namespace) -> Said:
 
 def actor(options: Namespace) -> Said:
     """An actor that drives until its learner says stop."""
-    from .actor import serve
+    with uninterrupted():
+        from .actor import serve
 
     chosen = options.learner, options.task, options.real, options.seed, options.realtime, options.view
     more = {"parent": options.parent, "spool": options.spool, "fail": options.fail, "takeover": options.takeover}
@@ -101,7 +103,8 @@ def evaluate(options: Namespace) -> Said:
         return drive(options)
     if not (source / "config.toml").is_file():
         raise RunError(f"{source}: neither a run nor a bundle; for a task give --policy pursuit")
-    from .freeze import trained
+    with uninterrupted():
+        from .freeze import trained
 
     trainer = trained(source)
     task = catalog.make_task(catalog.load_spec(options.task)) if options.task else trainer.task
@@ -124,7 +127,8 @@ def drive(options: Namespace) -> Said:
 
 def export(options: Namespace) -> Said:
     """Freeze a run's policy."""
-    from .freeze import freeze
+    with uninterrupted():
+        from .freeze import freeze
 
     run_folder = Path(options.run)
     out = Path(options.out) if options.out else run_folder / "bundle"
@@ -139,12 +143,15 @@ def report(options: Namespace) -> Said:
     from .report import write_report
 
     out = Path(options.out) if options.out else Path(options.run) / "report.html"
+    if out.suffix != ".html":
+        raise RunError(f"--out {out}: a report's name ends in .html")
     return "\n".join([*write_report(Path(options.run), out), str(out)]), {}
 
 
 def demo(options: Namespace) -> Said:
     """Everything, without hardware and without arguments."""
-    from . import demo as chain
+    with uninterrupted():
+        from . import demo as chain
 
     out = Path(options.out) if options.out else new_folder("runs", f"demo-{options.robot}")
     if options.robot == "quadruped":

@@ -121,7 +121,7 @@ class Learner:
         """Train until the steps are done or `stopped()` says why to end. Returns what a caller reports."""
         try:
             self.ready()
-            started = time.monotonic()
+            started, before = time.monotonic(), self.trainer.steps
             while self.trainer.steps < self.job.config.learner.steps and not stopped():
                 self._turn()
             self.link.stop(stopped() or "training is done")
@@ -132,7 +132,8 @@ class Learner:
         finally:
             self.link.close()
             self.journal.close()
-        return {"steps": self.trainer.steps, "train_s": round(time.monotonic() - started, 1)}
+        taken = {"new_steps": self.trainer.steps - before, "train_s": round(time.monotonic() - started, 1)}
+        return {"steps": self.trainer.steps, **taken}
 
     def _turn(self) -> None:
         """Take what has come, train on it, let the actors go on."""
@@ -217,8 +218,8 @@ class Learner:
         cursor, warning = self.trainer.load(self.job.folder / "snapshots") if self.job.resume else ({}, "")
         if self.job.start and not cursor:
             before, facts = config.read(self.job.start)
-            warning = self.trainer.start_from(Path(self.job.start) / "snapshots", before.algorithm)
             catalog.check_actions(self.job.spec, catalog.spec_of(facts["task"], facts["name"]))
+            warning = self.trainer.start_from(Path(self.job.start) / "snapshots", before.algorithm)
         if warning:
             self._warn(warning)
         expected = {}

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..robot_env.record import SUFFIX
 from ..robot_env.takeover import check
 from . import catalog, config
-from .actor import noise_seed, stoppable
+from .actor import noise_seed
 from .config import RunError
 from .learner import Job, Learner
 from .log import Log
 from .pump import keys_for
+from .signals import stoppable
 
 ACTOR_GRACE_S = 10.0
 ACTOR_ENDED = "the actor ended"
@@ -52,6 +54,8 @@ def job_of(options: Any) -> Job:
         folder = Path(options.out) if options.out else config.new_folder("runs", spec.name.replace(":", "-"))
         if (folder / "config.toml").exists():
             raise RunError(f"{folder} holds a run already; go on with it by --resume, or choose another --out")
+        if any(folder.glob(f"*{SUFFIX}")):  # its steps would be taken for the recording's
+            raise RunError(f"{folder} holds a recording; choose another --out")
     if spec.hindsight and settings.agent.get("n_step", 1) > 1:
         raise config.ConfigError("task.hindsight needs agent.n_step = 1: goals drawn again reward one step")
     if settings.actor.takeover != "none":
@@ -89,6 +93,8 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
                 actor = [*actor, "--seed", str(seed), "--spool", str(job.folder / "spool")]
                 child = _spawn_actor(learner.link.address, actor, cores)
             result = learner.run(stopped)
+            if child and not learner.link.greeted:
+                child.terminate()  # it was still starting, and could not be told
             if child and child.wait(ACTOR_GRACE_S) and stopped() == ACTOR_ENDED:
                 kept = f"what it had sent is kept in {job.folder}, go on with --resume"
                 raise RunError(f"{ACTOR_ENDED} with status {child.returncode}; {kept}")

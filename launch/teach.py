@@ -3,6 +3,7 @@ recording or a CSV to a course."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -68,11 +69,17 @@ def intervener(
 
 @contextmanager
 def opened(who: str) -> Iterator[takeover.Device]:
-    """The `keyboard` or the `gamepad`. Raises DriverError."""
-    device = Keyboard() if who == "keyboard" else Gamepad()
-    device.open()
-    with closing(device):
-        yield device
+    """A `device`, of which is said how it is used; it is let go of in the end."""
+    with closing(device(who)) as sticks:
+        print(f"{who}: {sticks.HOW}", file=sys.stderr)
+        yield sticks
+
+
+def device(who: str) -> Keyboard | Gamepad:
+    """The `keyboard` or the `gamepad`, open. Raises DriverError."""
+    sticks = Keyboard() if who == "keyboard" else Gamepad()
+    sticks.open()
+    return sticks
 
 
 def scripted(env: RobotEnv, speed_mps: float, quality: float, seed: int) -> Teacher:

@@ -123,6 +123,11 @@ class LearnerLink:
         self._pump.check()
         return dict(self._streams)
 
+    @property
+    def greeted(self) -> bool:
+        """Whether any actor has come yet."""
+        return any(stream.route for stream in self._streams.values())
+
     def stop(self, reason: str) -> None:
         """Tell every actor, those that connect later too, to end cleanly."""
         self._stop = wire.clip(reason)

@@ -18,7 +18,7 @@ LATE_S = 3.0  # after the way should be done, it is not going to arrive
 GRIP_S = 0.8  # for the jaws to close or open
 AJAR_RAD = 0.1  # nearer to open than this, they are
 HOVER_M = 0.07  # above what is gripped, and above the table on the way
-EDGE_M = 0.01  # twice so far from the edges of its area an object is laid down; so far beyond them it may lie
+EDGE_M = 0.01  # twice so far from its area's edges an object is laid down, or in the middle; so far beyond it may lie
 HELD_M = 0.03  # an object closer than this to the tool is between the jaws
 HANGS_M = 0.06  # nothing that is held reaches further from the tool
 MISS_M = 0.02  # standard deviation of how far beside its object a script of quality 0 grips
@@ -172,7 +172,8 @@ class PutBack(Scripted):
         if area is None or not holds(reading):
             reading = yield from self._up(reading)
         if area is not None:
-            spot = rng.uniform(area[0] + 2 * EDGE_M, area[1] - 2 * EDGE_M)
+            inside = np.minimum(2 * EDGE_M, (area[1] - area[0]) / 2)
+            spot = rng.uniform(area[0] + inside, area[1] - inside)
             for _ in range(self.TRIES):
                 if not holds(reading):
                     if not self._in_reach(reading):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,14 +130,21 @@ class Manipulate:
         return batch
 
     def _check_reach(self, low: np.ndarray, high: np.ndarray) -> None:
-        """Raise TaskError for a place in the map that no tool between these corners (3,) m gets to, nor what it holds;
-        or where an object would be lost on its way."""
+        """Raise TaskError for a place where no tool between these corners (3,) m gets to, nor what it holds above a
+        table at 0; or where an object would be lost on its way."""
+        held = np.maximum(low - HANGS_M, [-math.inf, -math.inf, 0.0]), high + HANGS_M
         for i, goal in enumerate(self._checkpoints):
-            beyond = np.maximum(low - HANGS_M - goal.at, goal.at - (high + HANGS_M)).max()
             where = f"{self.spec.name}: checkpoint[{i}].at = {list(goal.at)}"
-            if goal.near == "map" and beyond > goal.radius_m:
+            if goal.of == goal.near:
+                raise TaskError(f"{where}: an object is always as near to itself; give near = \"map\"")
+            first, last = (low, high) if goal.of == "tool" else held
+            least = most = np.array(goal.at)
+            if goal.near == "object":  # wherever that lies, at whatever height its middle is, or in the jaws
+                of = held if self._area is None else np.column_stack([self._area, [0.0, HANGS_M]])
+                least, most = least + of[0], most + of[1]
+            if np.maximum(first - most, least - last).max() > goal.radius_m:
                 raise TaskError(f"{where} is out of reach: the tool goes from {low.tolist()} to {high.tolist()} m")
-            if goal.near == "map" and goal.of == "object" and not self._within(np.array(goal.at), goal.radius_m):
+            if goal.of == "object" and not self._within(np.array(goal.at), goal.radius_m):
                 raise TaskError(f"{where} is outside manipulate.area: the object is lost there")
 
     def _lost(self, reading: Reading) -> bool:

@@ -67,7 +67,7 @@ class ManipulateSpec:
     """The `[manipulate]` table."""
 
     reward: str = "sparse"  # one of REWARDS["manipulate"]: 1 at the last checkpoint, or the way made towards each too
-    area: Sequence[Sequence[float]] = ()  # [x, y] m of two corners: where the object may lie; empty: it is held
+    area: Sequence[Sequence[float]] = ()  # [x, y] m of two corners: where the object may lie; not given: it is held
     spread_m: float = 0.0  # a try begins up to so far from home, along each axis
 
 
@@ -288,7 +288,7 @@ _TASK: dict[str, Rule] = {
         "the name of a robot in the catalog, not a module path",
         lambda v: isinstance(v, str) and v.replace("-", "").replace("_", "").isalnum(),
     ),
-    "kind": (f"one of {', '.join(KINDS)}", lambda v: v in KINDS),
+    "kind": (f"one of {', '.join(KINDS)}", lambda v: v in tuple(KINDS)),
     "hz": _number(0.1, 1000),
     "episode_s": _number(0.1, 1e6),
     "hindsight": _number(0, 1),

@@ -10,9 +10,11 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tether.drivers import arm, arm_joints
 from tether.drivers.car import CHANNELS, COMMAND
 from tether.launch import bundle, catalog, onboard
 from tether.launch.onboard import BundleError, Policy, load_bundle
+from tether.robot_env.safety import Limits
 
 SPEC = {"observation_size": 18, "action_size": 2, "hidden": [32, 32], "max_delta": 0.2}
 TASK = catalog.load_spec("car-loop")
@@ -159,6 +161,16 @@ def test_a_bundle_for_another_robot_is_refused_with_the_difference(tmp_path, tra
     found.spec["observation"] = {"channels": "nonsense"}
     with pytest.raises(BundleError, match="made for another robot"):
         bundle.check_robot(found, at(10))
+
+
+def test_a_robot_that_is_led_by_its_tool_is_declared_in_json(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(catalog, "declaration", lambda task: (arm.CHANNELS, arm_joints.COMMAND))
+    monkeypatch.setattr(catalog, "limits", lambda task: Limits.of(arm.CHANNELS, arm_joints.COMMAND, {}))
+    export(tmp_path / "b", trained)
+    bundle.check_robot(load_bundle(tmp_path / "b"), at(10))
+    monkeypatch.setattr(catalog, "declaration", lambda task: (arm.CHANNELS, arm.COMMAND))
+    with pytest.raises(BundleError, match='action.names.0 is "shoulder_pan" in the bundle, "x" on the robot'):
+        bundle.check_robot(load_bundle(tmp_path / "b"), at(10))
 
 
 def test_limits_without_bound_survive_json(tmp_path, trained, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from tether.launch import actor, cli, teach
+from tether.launch.signals import uninterrupted
 from tether.robot_env.record import read_recording
 
 from tests.conftest import FAKE, SETTINGS, TETHER, flags, free_address
@@ -314,10 +316,35 @@ def test_who_takes_over_is_what_a_run_began_with(run, capsys):
     assert tether(*resume, "--takeover", "none") == 0
 
 
+def test_what_a_resumed_run_did_is_told_apart_from_what_it_had(run, capsys):
+    assert tether("run", "fake.toml", "--resume", "--out", run, "--steps", 60) == 0
+    had = int(re.search(r"([\d,]+) steps in all, ", capsys.readouterr().out)[1])
+    assert tether("run", "fake.toml", "--resume", "--out", run, "--steps", had + 30) == 0
+    total, new = re.search(r"(\d+) steps in all, (\d+) of them in [\d.]+ s", capsys.readouterr().out).groups()
+    assert int(total) == had + int(new) and int(new) >= 30
+
+
+def test_a_report_is_not_written_over_something_else(run, capsys):
+    Path("task.toml").write_text("mine")
+    assert "a report's name ends in .html" in refused(capsys, "report", run, "--out", "task.toml")
+    assert Path("task.toml").read_text() == "mine"
+
+
+def test_an_interrupt_waits_for_an_import():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("imported")
+        done.append("gone on")
+    assert done == ["imported"]
+
+
 def test_a_keyboard_needs_a_terminal_before_anything_begins(capsys, monkeypatch):
-    monkeypatch.setattr(os, "isatty", lambda file: False)
-    said = refused(capsys, "run", "fake.toml", "--takeover", "keyboard", "--out", "run")
-    assert "--takeover keyboard: this is no terminal" in said and not Path("run").exists()
+    with open(os.devnull) as nobody:
+        monkeypatch.setattr(sys, "stdin", nobody)
+        said = refused(capsys, "run", "fake.toml", "--takeover", "keyboard", "--out", "run")
+    assert "the keyboard needs a terminal" in said and not Path("run").exists()
 
 
 def test_a_run_that_is_there_is_not_overwritten(run, capsys):

@@ -272,6 +272,16 @@ def test_a_hand_comes_down_on_an_object_with_open_jaws():
     assert seen[down][1] > 0.7 and any(grip < 0.1 for _, grip in seen[down:]) and env.robot.placed == 1
 
 
+@pytest.mark.parametrize("half", [0.0, 0.01])
+def test_in_a_small_area_an_object_is_laid_down_in_its_middle(half):
+    robot, middle = Ideal(), np.array([0.25, 0.02])
+    back = PutBack(arm.COMMAND, 10.0, np.array([middle - half, middle + half]))
+    while (wish := back.wish(robot.read())) is not None:
+        robot.write(arm.COMMAND.to_command(wish))
+        robot.sleep(0.1)
+    assert np.linalg.norm(robot.object[:2] - middle) < 0.01
+
+
 def test_the_hand_that_waits_goes_on_when_the_object_is_back():
     back = PutBack(arm.COMMAND, 10.0, np.array([[0.1, -0.1], [0.3, 0.1]]))
     away = reading(thing=(0.6, 0.0, CUBE_M))
@@ -381,6 +391,10 @@ def test_a_recording_that_only_fails_is_given_up(tmp_path, monkeypatch):
         (('kind = "manipulate"', 'kind = "course"'), r"\[manipulate\] is for tasks of kind manipulate"),
         (("at = [0.25, 0.0, 0.12]", "at = [0.9, 0.0, 0.12]"), r"checkpoint\[1\].at = \[0.9, .* is out of reach"),
         (("[0.38, 0.15]]", "[0.18, 0.15]]"), r"checkpoint\[1\].at = .* is outside manipulate.area"),
+        (("at = [0.25, 0.0, 0.12]", "at = [0.25, 0.0, -0.05]"), r"checkpoint\[1\].at = .* is out of reach"),
+        (("at = [0.0, 0.0, 0.0]", "at = [0.5, 0.0, 0.0]"), r"checkpoint\[0\].at = .* is out of reach"),
+        (("at = [0.0, 0.0, 0.0]", "at = [0.0, 0.0, -0.1]"), r"checkpoint\[0\].at = .* is out of reach"),
+        (('of = "tool"', 'of = "object"'), r"checkpoint\[0\].at = .*: an object is always as near to itself"),
         (("at = [0.25, 0.0, 0.12]", "at = [0.25, 0.0]"), r"checkpoint\[1\].at must be a point \[x, y, z\]"),
         (('of = "object"', 'of = "cube"'), r"checkpoint\[1\].of must be tool or object"),
         (('near = "object"', 'near = "tool"'), r"checkpoint\[0\].near must be map or object"),

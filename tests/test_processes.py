@@ -245,6 +245,14 @@ def test_full_disks_are_said_and_lose_nothing():
     assert records[-1].action is None and not [path for path in Path("spool").iterdir() if path.is_dir()]
 
 
+def test_a_run_is_ended_while_its_actor_starts():
+    with tether("run", "fake.toml", "--out", "run", "--steps", 1_000_000, *TINY) as run:
+        await_(lambda: children(run.pid), run)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(PATIENCE) == 0
+    assert not Path("run/error.txt").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_a_snapshot_and_it_can_go_on(number):
     with tether("run", "fake.toml", "--out", "run", "--steps", 1_000_000, *TINY) as run:
@@ -286,6 +294,13 @@ def begun(**changes) -> None:
 
 def resumed(*arguments: str) -> Job:
     return job_of(cli.build().parse_args(["run", *arguments, "--resume", "--out", "run"]))
+
+
+def test_a_run_is_not_made_where_a_recording_is():
+    Path("lap").mkdir()
+    Path("lap/000001.seg").touch()
+    with pytest.raises(RunError, match="lap holds a recording; choose another --out"):
+        job_of(cli.build().parse_args(["run", "fake.toml", "--out", "lap"]))
 
 
 @pytest.mark.parametrize("name, arguments", [

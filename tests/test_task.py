@@ -58,6 +58,7 @@ WRONG = {  # what is replaced, with what, and what the error names
     "a share over one": ("hindsight = 0.5", "hindsight = 2", "task.hindsight must be a number from 0 to 1, not 2"),
     "a number for a truth": ("loop = true", "loop = 1", "course.loop must be true or false"),
     "an unknown kind": ('kind = "course"', 'kind = "fly"', "task.kind must be one of course, walk, manipulate"),
+    "a list for a kind": ('kind = "course"', 'kind = ["course"]', "task.kind must be one of course, walk, manipulate"),
     "a module path": ('robot = "car"', 'robot = "os:system"', "in the catalog, not a module path"),
     "a dotted path": ('robot = "car"', 'robot = "my.robot"', "in the catalog, not a module path"),
     "a number for a name": ('robot = "car"', "robot = 3", "task.robot must be the name of a robot .* not 3"),
