@@ -9,6 +9,16 @@ from typing import Any
 
 
 @contextmanager
+def _told(tell: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stoppable(cause: Callable[[], str]) -> Iterator[Callable[[], str]]:
     """Gives `stopped()`, to be looked at between steps: why to end (SIGINT, SIGTERM or what `cause()` says), or "".
 
@@ -21,19 +31,15 @@ def stoppable(cause: Callable[[], str]) -> Iterator[Callable[[], str]]:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _told(ask):
         yield lambda: asked[0] if asked else cause()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """For imports: in the middle of one a signal is swallowed or crashes the interpreter. It comes afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
+    """For imports: what is raised in the middle of one is swallowed, or crashes Python. A signal comes afterwards."""
+    came: list[int] = []
+    with _told(lambda number, frame: came.append(number)):
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in came[:1]:
+        signal.raise_signal(number)
