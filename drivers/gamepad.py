@@ -13,7 +13,7 @@ BUTTON, AXIS, INIT = 1, 2, 0x80
 
 
 class Gamepad:
-    """One with axes and buttons as Xbox has them."""
+    """Sticks and buttons of a gamepad that numbers them as Xbox's does."""
 
     HOW = "right stick ahead and back, left stick left and right, up and down; LB opens, RB closes, A stops"
 

@@ -21,7 +21,7 @@ KEYS = {
 
 
 class Keyboard:
-    """As far as a stick goes, while a key is held."""
+    """Sticks from keys: each is pushed as far as it goes while its key is held."""
 
     HOW = "w s or arrows ahead and back, a d left and right, r f up and down, o c open and close, q stops"
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from ..drivers.base import Channel, Command, Led
+from ..drivers.base import Channel, Command
 from ..robot_env.safety import Limits
 from ..robot_env.task import TaskSpec
 from . import catalog, onboard
@@ -111,8 +111,8 @@ def _fields(source: Channel | Command | Limits) -> dict[str, Any]:
             return [plain(v) for v in np.asarray(value).tolist()]
         return None if value in (math.inf, -math.inf) else value
 
-    # who leads it by its tool is no matter of policies
-    return {name: plain(value) for name, value in vars(source).items() if not isinstance(value, Led)}
+    # how a robot is led by its tool is code, and no matter of policies
+    return {name: plain(value) for name, value in vars(source).items() if name != "tool"}
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

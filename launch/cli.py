@@ -73,7 +73,7 @@ def build() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    demo = command("demo", "demo", "no hardware, no arguments: train in the twin (2 to 15 minutes), freeze, show it")
+    demo = command("demo", "demo", "no hardware, no arguments: train in the twin for some minutes, freeze, show it")
     demo.add_argument("robot", nargs="?", default="car", choices=["car", "quadruped", "arm"], help="(default: car)")
     demo.add_argument("--out", help="folder for the run and the bundle (default: runs/demo-N)")
     _seeded(demo, "of everything")

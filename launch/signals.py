@@ -10,6 +10,7 @@ from typing import Any
 
 @contextmanager
 def _told(tell: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `tell`, and then to whom they went before."""
     before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from tether.launch import actor, cli, teach
-from tether.launch.signals import uninterrupted
 from tether.robot_env.record import read_recording
 
 from tests.conftest import FAKE, SETTINGS, TETHER, flags, free_address
@@ -328,16 +327,6 @@ def test_a_report_is_not_written_over_something_else(run, capsys):
     Path("task.toml").write_text("mine")
     assert "a report's name ends in .html" in refused(capsys, "report", run, "--out", "task.toml")
     assert Path("task.toml").read_text() == "mine"
-
-
-def test_an_interrupt_waits_for_an_import():
-    done = []
-    with pytest.raises(KeyboardInterrupt):
-        with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            done.append("imported")
-        done.append("gone on")
-    assert done == ["imported"]
 
 
 def test_a_keyboard_needs_a_terminal_before_anything_begins(capsys, monkeypatch):

@@ -567,6 +567,8 @@ def test_recorded_actions_keep_their_meaning_in_another_box():
     assert fit.translated(Meta.from_json(meta.to_json()), records, COMMAND) is records
     with pytest.raises(TaskError, match="dog-run: in dog-walk an action is another command"):
         catalog.check_actions(wide, narrow)
+    with pytest.raises(TaskError, match="dog-walk: car-loop was trained on car; this task's robot is quadruped"):
+        catalog.check_actions(narrow, load("car-loop"))
     catalog.check_actions(narrow, load("dog-course"))
 
 
