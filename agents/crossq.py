@@ -26,7 +26,8 @@ __all__ = ["Config", "State", "act", "frozen", "held_out", "init", "policy_param
 
 @dataclass(frozen=True)
 class Config(sac.Config):
-    """As published, but for the width of the critics: 1024 as in sbx, not 2048."""
+    """As published, but for the width of the critics: 1024 as in sbx, not 2048. Batch norm is plain, as in the paper;
+    sbx's, as the released code's, is renormalised."""
 
     ensemble: int = 2
     hidden: tuple[int, ...] = (1024, 1024)

@@ -106,14 +106,13 @@ class Replay:
         obs, action, prev_action; reward: sum of the next n_step discounted rewards, fewer where the
         segment, or what is trained on, ends before; discount: gamma^k, 0 only after a true terminal;
         next_obs and next_prev_action: k steps later, where the value is bootstrapped; return_max: the same
-        in all rows; shown: 0 (`Strata` says where it is 1). With images obs/NAME and next_obs/NAME:
-        uint8 (n, stack, height, width, channels), the newest frame last.
+        in all rows. With images obs/NAME and next_obs/NAME: uint8 (n, stack, height, width, channels), the newest
+        frame last.
         """
-        return self._sample(rng, n, future=False)
-
-    def sample_future(self, rng: np.random.Generator, n: int) -> Batch:
-        """As `sample`, and "future_obs": the observation of a uniformly drawn later step of the segment."""
-        return self._sample(rng, n, future=True)
+        out = self._empty(n)
+        out["return_max"][:] = self.return_max
+        self._fill(out, self._drawable.draw(rng, n), rng)
+        return out
 
     def blank(self, n: int) -> Batch:
         """n rows of zeros, as `sample` makes them."""
@@ -124,7 +123,7 @@ class Replay:
         obs, action = (len(self._parts[name]) for name in ("obs", "action"))
         widths = {"obs": obs, "action": action, "prev_action": action, "next_obs": obs, "next_prev_action": action}
         out = {name: _aligned((n, width)) for name, width in widths.items()}
-        out |= {name: _aligned((n,)) for name in ("reward", "discount", "return_max", "shown")}
+        out |= {name: _aligned((n,)) for name in ("reward", "discount", "return_max")}
         if future:
             out["future_obs"] = _aligned((n, obs))
         for name, shape in self._frames.shapes.items() if self._frames else ():
@@ -165,13 +164,6 @@ class Replay:
         self._taken_over.discard(slot)
         if self._frames and self._next[slot] >= 0:
             self._frames.begin(self._next[slot])
-
-    def _sample(self, rng: np.random.Generator, n: int, future: bool) -> Batch:
-        out = self._empty(n, future)
-        out["shown"][:] = 0.0
-        out["return_max"][:] = self.return_max
-        self._fill(out, self._drawable.draw(rng, n), rng)
-        return out
 
     def _fill(self, out: Batch, slots: np.ndarray, rng: np.random.Generator) -> None:
         """Write the steps in `slots` into the arrays of `out`, whose leading shape is that of `slots`."""
@@ -258,10 +250,15 @@ class Strata:
         self._newest_first = newest_first
         self._rooms = [online._empty(utd * size, future) for _ in range(2)]
 
+    @property
+    def return_max(self) -> float:
+        """The largest return in either, by magnitude."""
+        return max(self._online.return_max, self._prior.return_max)
+
     def draw(self, rng: np.random.Generator, share: float) -> Batch:
         """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior;
-        with `future` as from `Replay.sample_future`; with `newest_first` the online rows begin with the newest step.
-        `shown` is 1 in the rows of the prior stratum.
+        with `future` also "future_obs", the observation of a uniformly drawn later step of the segment; with
+        `newest_first` the online rows begin with the newest step.
 
         Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
         them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
@@ -274,7 +271,7 @@ class Strata:
         if rows and online.takeovers:  # as many in each mini-batch; on average exactly their share of the stratum
             taken = min(int(rows * online.takeovers / (online.takeovers + len(prior)) + rng.random()), rows)
         self._rooms.reverse()
-        self._rooms[0]["return_max"][:] = max(online.return_max, prior.return_max)
+        self._rooms[0]["return_max"][:] = self.return_max
         batches, at = minibatches(self._rooms[0], self._utd, self._size), 0
         for replay, pool, count in (
             (online, online._drawable, self._size - rows),
@@ -283,7 +280,6 @@ class Strata:
         ):
             if count:
                 part = {name: values[:, at : at + count] for name, values in batches.items()}
-                part["shown"][:] = pool is not online._drawable
                 slots = pool.draw(rng, (self._utd, count))
                 if self._newest_first and pool is online._drawable:
                     slots[:, 0] = pool.newest

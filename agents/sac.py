@@ -2,8 +2,7 @@
 
     y    = reward + discount * (V'(s', a') [- temperature * log pi(a'|s')]),  a' ~ pi(s')
     once every `actor_every` critic updates, on the last of their mini-batches:
-    L_pi = mean of temperature * log pi(a|s) - Q(s, a), and of `imitation` * ((a - executed) / max_delta)^2 where the
-        step was shown: prior data and takeovers
+    L_pi = mean of temperature * log pi(a|s) - Q(s, a)
     L_t  = temperature * (entropy - target entropy)
 
 An algorithm adds its critic: how it is made, how it is fitted to one mini-batch, what the actor sees of it
@@ -56,7 +55,6 @@ class Config:
     actor_every: int | None = None  # critic updates to one of actor and temperature; None: as many as a step has
     max_delta: float | None = None  # largest change of an action per step
     relative: bool = False  # the critics see by what share of `max_delta` an action changes, not the action
-    imitation: float = 0.0  # weight of the actor's distance from the executed actions of steps that were shown
     bound_start: float | None = None  # beyond this an action costs (see `bound`); None: there is no such bound
     bound_end: float = 0.6  # and beyond this after so many steps without a surprise
     bound_steps: int = 30_000
@@ -73,7 +71,6 @@ class Config:
                 not self.relative or (self.max_delta is not None and self.bound_start is None),
                 "needs max_delta, and no bound_start",
             ),
-            "imitation": (self.imitation >= 0, "must not be negative"),
             "init_temperature": (self.init_temperature > 0, "must be above 0"),
             "bound_start": (self.bound_start is None or 0 < self.bound_start <= 1, "must lie in (0, 1] or be None"),
             "bound_end": ((self.bound_start or 0) <= self.bound_end <= 1, "must lie between bound_start and 1"),
@@ -209,7 +206,7 @@ def _in_turn(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple
     if period >= cfg.utd:
         state, metrics = _critics(critic, cfg, state, batches)
         last = jax.tree.map(lambda x: x[-1], batches)
-        due = state.updates % period == 0
+        due = state.updates % period < cfg.utd  # whatever another run counted before it
         if period == cfg.utd:
             state, more = _actor(critic, cfg, state, last)
         else:
@@ -281,11 +278,7 @@ def _actor(critic: Critic, cfg: Config, state: State, batch: Batch) -> tuple[Sta
         )
         looked = _seen(cfg, action, batch["prev_action"])
         value = critic.value(cfg, state.critic, batch["obs"], looked, value_key)
-        loss = (temperature * log_prob - value).mean()
-        if cfg.imitation:
-            off = (action - batch["action"]) / (cfg.max_delta or 1.0)
-            loss += cfg.imitation * (jnp.square(off).mean(-1) * batch["shown"]).mean()
-        return loss, (-log_prob.mean(), stats)
+        return (temperature * log_prob - value).mean(), (-log_prob.mean(), stats)
 
     (loss, (entropy, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.actor["params"])
     params, actor_opt = _descend(adam(cfg, cfg.actor_lr), grads, state.actor_opt, state.actor["params"])

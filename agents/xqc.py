@@ -5,7 +5,8 @@
     one pass for (s, a) and (s', a') together, normalised by the statistics of both, through target and critics
     goal = that target's distribution whose mean is least, moved to reward / scale + discount * (atom - temperature
         * log pi(a'|s')) and projected onto the atoms (C51, Bellemare et al. 2017)
-    L_Q  = mean over critics and batch of the cross-entropy with the goal;      Q' <- (1 - tau) Q' + tau Q
+    L_Q  = mean over critics and batch of the divergence KL(goal || Q): the cross-entropy less what no critic can take
+        away, so that 0 is a perfect fit;      Q' <- (1 - tau) Q' + tau Q
     the actor (batch norm, kernels of fixed length, too) climbs the least mean, normalised by running statistics
 
 What is common to the soft actor-critics is in `sac`.
@@ -86,7 +87,7 @@ def _fit(
         variables = critic | {"params": params}
         logits, stats = module.apply(variables, obs, action, True, rows=slice(rows), mutable=["stats"])
         values = jax.nn.softmax(logits) @ support
-        return optax.softmax_cross_entropy(logits, goal[None]).mean(), (values.mean(), stats)
+        return optax.kl_divergence(jax.nn.log_softmax(logits), goal[None]).mean(), (values.mean(), stats)
 
     (loss, (value, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(critic["params"])
     return loss, value * scale.mean(), grads, stats

@@ -34,6 +34,12 @@ def mesh(devices: int, agent: Any) -> Mesh:
     return Mesh(np.array(found[:devices]), ("batch",))
 
 
+def full_precision() -> None:
+    """Matrix products in float32 wherever they are computed: a GPU would take TF32, with 10 bits, and the policy that
+    runs onboard would be another one than was trained. A CPU has nothing else."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
 def keep_compiled() -> None:
     """Keep what JAX compiles in ~/.cache/tether/jax, where it is not told another folder; before it compiles.
 

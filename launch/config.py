@@ -56,7 +56,7 @@ class Learner:
     snapshot_every_s: float = 60.0
     replay_capacity: int = 1_000_000
     log_every: int = 200  # steps between two lines of learn/ metrics
-    held_out: int = 20  # one block of 50 steps in so many is kept from training, to measure on; 0: none
+    held_out: int = 20  # one block of 50 steps in so many (2 or more) is kept from training, to measure on; 0: none
     prior_share: float = 0.5  # of each mini-batch, where there is prior data; takeovers count as such too
     prior_share_end: float = 0.0  # reached after prior_anneal updates, linearly
     prior_anneal: int = 0  # updates; 0: prior_share stays as it is
@@ -68,9 +68,12 @@ class Learner:
             if name in ("prior_share", "prior_share_end"):
                 if not 0 <= value <= 1:
                     raise ValueError(f"{name} = {value:g}: must lie between 0 and 1")
-            elif name in ("prior_anneal", "held_out"):
+            elif name == "prior_anneal":
                 if value < 0:
                     raise ValueError(f"{name} = {value:g}: must not be negative")
+            elif name == "held_out":
+                if value < 0 or value == 1:
+                    raise ValueError(f"{name} = {value:g}: must be 0 or at least 2; with 1 nothing is left to train on")
             elif name != "takeover_reward" and value < 1:
                 raise ValueError(f"{name} = {value:g}: must be at least 1")
 

@@ -22,7 +22,8 @@ from .trainer import Trainer
 from .transport import LearnerLink
 
 POLL_S = 0.05
-OVERFIT, OVERFIT_LOGS = 5.0, 5  # held-out over trained-on loss, for so many logs in a row
+# Held-out over trained-on loss, for so many logs in a row; RLPD's arm, which learned well, comes to 5 to 19.
+OVERFIT, OVERFIT_LOGS = 20.0, 5
 TAKEN = 64  # records at once, so that a signal, a snapshot and a new actor need not wait for long
 MAX_BEHIND = 1024  # records that wait; the learner makes no updates for those above that, and says so in learn/utd
 
@@ -126,9 +127,9 @@ class Learner:
                 self._turn()
             self.link.stop(stopped() or "training is done")
             self.link.wait_closed(5.0)
-            for stream, record in self.link.poll():  # stored already, so it counts
-                self.trainer.push(stream, record, train=False)
             self.trainer.save(self.job.folder / "snapshots")
+            for stream, record in self.link.poll():  # stored already, so it counts; who resumes trains on it
+                self.trainer.push(stream, record, train=False)
         finally:
             self.link.close()
             self.journal.close()
@@ -194,7 +195,7 @@ class Learner:
 
     def _look_at(self, values: dict[str, float]) -> None:
         """Warn once when the critics fit what they have seen much better than what they have not (AVTD)."""
-        seen = values.get("learn/critic_loss", values.get("learn/actor_loss", 0.0))
+        seen = values.get("learn/seen_loss", 0.0) if "learn/critic_loss" in values else math.inf
         apart = values.get("learn/held_out_loss", 0.0) > OVERFIT * max(seen, 1e-6)
         self._overfit = self._overfit + 1 if apart else 0
         if self._overfit == OVERFIT_LOGS and not self._warned:

@@ -56,6 +56,7 @@ class Trainer:
         self._strata = Strata(self.replay, self.prior, *mini_batches, task.spec.hindsight > 0.0, newest_first)
         # steps before the first update; with prior data updates begin at once
         self.start_steps = 1 if len(self.prior) else config.learner.start_steps
+        compute.full_precision()
         compute.keep_compiled()
         mesh = compute.mesh(devices, self.agent)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
@@ -69,9 +70,10 @@ class Trainer:
         self.updates = 0
         self.update_s = 0.0  # spent in updates, sampling included
         self._metrics: dict[str, Any] = {}  # of the newest update, which may go on
-        self._ended: dict[str, Any] = {}  # of the one before
+        self._ended: dict[str, Any] = {}  # of the newest that has ended and had a part for the actor
         self._aside = Replay(min(ASIDE, shape[0]), *shape[1:])  # held out
-        self._measured: jax.Array | None = None  # the loss on it at the last `metrics`
+        self._measured: dict[str, jax.Array] = {}  # losses at the last `metrics`: on it, and on what was trained on
+        self._restored = 0  # updates that another process made
 
     @cached_property
     def state(self) -> Any:
@@ -121,21 +123,24 @@ class Trainer:
         state = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
         if lower := getattr(self._algorithm.update, "lower", None):  # else it is compiled at its first call
             lower(self.agent, state, batches).compile()
+        if lower := getattr(getattr(self._algorithm, "held_out", None), "lower", None):
+            lower(self.agent, state, self.replay.blank(self.agent.batch)).compile()
 
     def metrics(self) -> dict[str, float]:
         """`learn/...` values of the newest update that has ended: nothing waits for them."""
         out = {f"learn/{name}": float(value) for name, value in (self._ended or self._metrics).items()}
-        if self._measured is not None:
-            out["learn/held_out_loss"] = float(self._measured)
+        out |= {f"learn/{name}": float(value) for name, value in self._measured.items()}
         measure = getattr(self._algorithm, "held_out", None)  # those that plug in need not
-        if measure and len(self._aside) >= self.agent.batch:  # told next time: nothing waits for it
-            batch = self._aside.sample(np.random.default_rng(self.steps), self.agent.batch)
-            self._measured = measure(self.agent, self.state, batch)
+        if measure and len(self._aside) >= BLOCK:  # told next time: nothing waits for it
+            for name, replay in (("held_out_loss", self._aside), ("seen_loss", self.replay)):
+                batch = replay.sample(np.random.default_rng(self.steps), self.agent.batch)
+                batch["return_max"][:] = self._strata.return_max  # as in training
+                self._measured[name] = measure(self.agent, self.state, batch)
         trained = max(self.steps - self.start_steps + 1, 1)
         return out | {
             "learn/updates": self.updates,
             "learn/utd": self.updates / trained,
-            "learn/update_ms": 1e3 * self.update_s / max(self.updates, 1),
+            "learn/update_ms": 1e3 * self.update_s / max(self.updates - self._restored, 1),
         }
 
     def policy(self) -> dict[str, np.ndarray]:
@@ -166,7 +171,7 @@ class Trainer:
         if found is None:
             return {}, ""
         self.state = self._placed(found.states["task"])
-        self.updates = found.counters["updates"]
+        self.updates = self._restored = found.counters["updates"]
         self._rng.bit_generator.state = found.counters["replay_rng"]
         return found.counters["cursor"], found.warning
 
@@ -206,7 +211,9 @@ class Trainer:
         start = time.perf_counter()
         batches = minibatches(self._sample(), self.agent.utd, self.agent.batch)
         # one update in flight, while the next batch is drawn; the one after that takes its batch's place
-        self._ended, _ = jax.block_until_ready((self._metrics, self.state))
+        ended, _ = jax.block_until_ready((self._metrics, self.state))
+        if not np.isnan(ended.get("actor_loss", 0.0)):
+            self._ended = ended
         batches = jax.device_put(batches, self._split) if self._split else batches
         self.state, self._metrics = self._algorithm.update(self.agent, self.state, batches)
         self.updates += self.agent.utd

@@ -26,7 +26,6 @@ def batches_of(cfg, utd, seed=0):
         "obs": 2 * draw(OBS), "action": draw(ACT), "prev_action": draw(ACT), "reward": 3 * draw(),
         "discount": discount, "next_obs": 2 * draw(OBS), "next_prev_action": draw(ACT),
         "return_max": np.full((utd, cfg.batch), 6.8, np.float32),
-        "shown": (rng.random((utd, cfg.batch)) < 0.5).astype(np.float32),
     }  # fmt: skip
 
 
@@ -361,7 +360,8 @@ class Xqc:
         for p in critics:
             logits, back, new = critic(cfg, p, "batch", obs, action)
             share = softmax(logits[:rows])
-            losses.append(-(goal * np.log(share)).sum(-1).mean())
+            given = np.where(goal > 0, goal, 1.0)  # 0 log 0 = 0
+            losses.append((goal * (np.log(given) - np.log(share))).sum(-1).mean())
             values.append((share @ support).mean())
             dlogits = np.concatenate([(share - goal) / (len(critics) * rows), np.zeros_like(share)])
             grads.append(back(dlogits)[1])
@@ -431,11 +431,8 @@ def actor_update(algorithm, cfg, state, critic_then, batches, drawn):
     )
     looked = seen(cfg, action, b["prev_action"])
     value, value_back = algorithm.value(cfg, members_of(critic_then), b["obs"], looked, drawn.masks)
-    off, scale = action - b["action"], cfg.max_delta or 1.0
-    miss = cfg.imitation * ((off / scale) ** 2).mean(-1) * b["shown"]
     climb = value_back(np.full(n, -1 / n)) / (cfg.max_delta if cfg.relative else 1.0)
-    pull = cfg.imitation * 2 * off / scale**2 / ACT * b["shown"][:, None] / n
-    grads = back(climb + pull, np.full(n, temperature / n))
+    grads = back(climb, np.full(n, temperature / n))
     adam, temp_adam, entropy = Adam(cfg.actor_lr, cfg.adam_b1), Adam(cfg.temp_lr, cfg.adam_b1), -log_prob.mean()
     actor = adam.step(p, grads)
     log_t = temp_adam.step({"t": log_t}, {"t": temperature * (entropy - cfg.entropy_goal(ACT))})["t"]
@@ -443,7 +440,7 @@ def actor_update(algorithm, cfg, state, critic_then, batches, drawn):
         actor=unit(actor) if algorithm.unit_kernels else actor, mu=adam.mu, temp_mu=temp_adam.mu["t"], log_t=log_t,
         metrics={
             "entropy": entropy, "temperature": temperature,
-            "actor_loss": (temperature * log_prob - value + miss).mean(),
+            "actor_loss": (temperature * log_prob - value).mean(),
         },
     )  # fmt: skip
 

@@ -160,6 +160,40 @@ def test_four_devices_learn_what_one_learns(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
+EACH = """
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+    from tether.agents import bc, crossq, droq, xqc
+    from tether.launch import compute
+    from tests.reference import ACT, OBS, batches_of
+
+    for algorithm in (bc, crossq, droq, xqc):
+        few = {} if algorithm is bc else {"ensemble": 2, "actor_every": None}
+        cfg, ends = algorithm.Config(hidden=(16, 12), batch=8, utd=1, **few), []
+        for devices in (1, 4):
+            mesh = compute.mesh(devices, cfg)
+            whole = NamedSharding(mesh, PartitionSpec())
+            state = jax.device_put(algorithm.init(cfg, jax.random.key(0), OBS, ACT), whole)
+            batches = jax.device_put(batches_of(cfg, 1), NamedSharding(mesh, PartitionSpec(None, "batch")))
+            state, metrics = algorithm.update(cfg, state, batches)
+            gradients = [opt[0].mu for name, opt in state._asdict().items() if name.endswith("_opt")]
+            ends.append(jax.tree_util.tree_leaves_with_path((metrics, gradients)))
+        for (path, a), (_, b) in zip(*ends, strict=True):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            where = algorithm.__name__, jax.tree_util.keystr(path), np.linalg.norm(a - b), np.linalg.norm(a)
+            assert 0 < np.linalg.norm(a) and np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a), where
+"""
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_of_every_algorithm_are_those_of_one_device():
+    flags = f"--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 {os.environ['XLA_FLAGS']}"
+    command, root = [sys.executable, "-c", textwrap.dedent(EACH)], Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_devices_that_are_not_there_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("fake.toml").write_text(FAKE)

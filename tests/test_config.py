@@ -18,7 +18,7 @@ def test_full_is_rlpd_as_published():
         gamma=0.99, n_step=1, init_temperature=1.0, target_entropy=None, backup_entropy=True, batch=256,
         utd=20, max_delta=None, layer_norm=True, actor_hidden=None, adam_b1=0.9, actor_every=None, dropout=0.0,
         native=False, bound_start=None, bound_end=0.6, bound_steps=30_000, bound_weight=12.0, surprise=1.5,
-        relative=False, imitation=0.0,
+        relative=False,
     )  # fmt: skip
     assert dict(found.agent) == want
     assert found.algorithm == "rlpd"
@@ -101,6 +101,7 @@ def test_set_takes_toml_values_and_bare_words():
         ("actor.takeover=1", "actor.takeover must be a text in quotes, not 1"),
         ("actor.takeover_quality=1.5", "[actor] takeover_quality = 1.5: must lie between 0 and 1"),
         ("learner.takeover_reward=yes", "learner.takeover_reward must be a number or \"none\", not 'yes'"),
+        ("learner.held_out=1", "[learner] held_out = 1: must be 0 or at least 2"),
         ("learner.prior_anneal=-1", "[learner] prior_anneal = -1: must not be negative"),
         ("gamma=0.9", "write section.key=value"),
         ("agent.gamma", "write section.key=value"),

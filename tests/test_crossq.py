@@ -54,6 +54,15 @@ def test_the_actor_moves_at_every_third_update_and_nothing_of_it_in_between():
     assert int(state.actor_opt[0].count) == int(state.temp_opt[0].count) == 2
 
 
+def test_the_actor_moves_whatever_was_counted_before():
+    """A run may start from one that made another number of updates a step."""
+    cfg = replace(CFG, utd=2, actor_every=4)
+    state = crossq.init(CFG, jax.random.key(0), OBS, ACT)._replace(updates=np.int32(5))
+    for u in range(4):
+        state, metrics = crossq.update(cfg, state, batches_of(cfg, 2, u))
+    assert int(state.updates) == 13 and int(state.actor_opt[0].count) == 2
+
+
 def test_two_updates_of_critic_and_actor_in_one_call_are_two_calls():
     batches = batches_of(CFG, 2)
     start = jax.tree.map(np.array, moved(crossq.init(CFG, jax.random.key(0), OBS, ACT))._replace(key=None))

@@ -19,7 +19,7 @@ jax = pytest.importorskip("jax")
 
 from tether.agents.snapshot import SnapshotError  # noqa: E402
 from tether.launch import trainer as trainer_module  # noqa: E402
-from tether.launch.learner import Job, Learner  # noqa: E402
+from tether.launch.learner import OVERFIT, Job, Learner  # noqa: E402
 from tether.launch.log import Log  # noqa: E402
 from tether.launch.trainer import Diverged, Trainer  # noqa: E402
 
@@ -217,6 +217,19 @@ def test_a_resumed_learner_trains_on_no_more_steps_than_it_was_told_to():
         assert (two.trainer.steps, two.trainer.updates) == (whole.steps, whole.updates)
 
 
+def test_who_resumes_trains_on_what_came_while_the_run_was_stopped():
+    records = drive(STEPS - 1)
+    with learner() as (one, _), actor(one.link.address, records):
+        assert one.link._pump.wait(lambda: one.link.waiting == len(records), WAIT_S)
+        done = one.run(lambda: "Ctrl-C")
+        assert (done["steps"], one.trainer.updates) == (STEPS - 1, 0)
+    with learner(resume=True) as (two, _), actor(two.link.address) as (link, _):
+        _, params = link.weights(WAIT_S)
+    whole = trained(records)
+    assert two.trainer.updates == whole.updates > 20
+    assert_same(params, whole.policy())
+
+
 @pytest.mark.parametrize("publish_every", [1, 1000])
 def test_a_training_that_diverges_ends_in_one_line_and_nothing_of_it_is_sent_or_saved(publish_every):
     first_run()
@@ -305,11 +318,33 @@ def test_blocks_of_steps_are_held_out_and_measured_on(monkeypatch):
     assert found["learn/held_out_loss"] > 0 and "learn/held_out_loss" not in none.metrics() | none.metrics()
 
 
+def test_what_was_held_out_is_measured_as_what_was_trained_on_is(monkeypatch):
+    """XQC counts in units of the largest return of all data, of which a block has less."""
+    monkeypatch.setattr(trainer_module, "BLOCK", 5)
+    one, measured = trained(drive(60), "agent.algorithm=xqc", "learner.held_out=4"), []
+    real = one._algorithm
+
+
+    def measure(agent, state, batch):
+        measured.append(batch)
+        return real.held_out(agent, state, batch)
+
+    monkeypatch.setattr(one, "_algorithm", SimpleNamespace(held_out=measure))
+    one.metrics()
+    found = one.metrics()
+    assert one._aside.return_max < one.replay.return_max
+    assert {float(x) for batch in measured for x in batch["return_max"]} == {np.float32(one.replay.return_max)}
+    assert 0 < found["learn/seen_loss"] and 0 < found["learn/held_out_loss"]
+
+
 def test_critics_that_learn_by_heart_are_told_of_once():
     with learner() as (one, said):
-        for apart, times in ((5.1, 4), (4.9, 1), (5.1, 5), (9.0, 9)):
+        for _ in range(9):  # cloning has no critics
+            one._look_at({"learn/actor_loss": 1.0, "learn/seen_loss": 1.0, "learn/held_out_loss": 99.0})
+        assert "learn by heart" not in said.getvalue()
+        for apart, times in ((1.1, 4), (0.9, 1), (1.1, 5), (2.0, 9)):
             for _ in range(times):
-                one._look_at({"learn/critic_loss": 1.0, "learn/held_out_loss": apart})
+                one._look_at({"learn/critic_loss": 9.0, "learn/seen_loss": 1.0, "learn/held_out_loss": OVERFIT * apart})
     assert said.getvalue().count("learn by heart") == 1
 
 
@@ -352,3 +387,24 @@ def test_metrics_are_those_of_an_update_that_has_ended():
     ended = one._metrics
     one._ended, one._metrics = ended, {name: Unfinished() for name in ended}
     assert one.metrics()["learn/critic_loss"] == float(ended["critic_loss"])
+
+
+def test_the_actors_metrics_are_there_whenever_they_are_asked_for():
+    """Its updates come once in so many steps; those between have none."""
+    records, found = drive(40), []
+    one = trained(records[:12], "agent.utd=2", "agent.actor_every=10")
+    for record in records[12:]:
+        one.push("a", record)
+        found.append(one.metrics())
+    assert all(np.isfinite([row["learn/actor_loss"], row["learn/entropy"]]).all() for row in found[5:])
+    assert len({row["learn/actor_loss"] for row in found[5:]}) > 3
+
+
+def test_the_time_of_an_update_is_that_of_this_process():
+    first_run()
+    one = trained([])
+    cursor, _ = one.load(Path("run/snapshots"))
+    before, records = one.updates, drive(60)
+    one.updates, one.update_s = before + 5, 1.0
+    assert cursor and before > 20 and records
+    assert one.metrics()["learn/update_ms"] == 200.0

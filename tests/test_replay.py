@@ -19,6 +19,11 @@ STACK = 3
 IMAGES = {"camera": (2, 3, 2)}
 
 
+def future_of(replay, n, seed=0):
+    """n rows with an observation of a later step each."""
+    return Strata(replay, Replay(1, 3, 2), 1, n, future=True).draw(np.random.default_rng(seed), 0.0)
+
+
 @dataclass
 class Step:
     obs: np.ndarray
@@ -122,7 +127,7 @@ def test_every_batch_is_what_a_naive_buffer_would_give(events, capacity, n_step)
         with pytest.raises(ReplayError, match="nothing to draw"):
             replay.sample(np.random.default_rng(0), 1)
         return
-    batch = replay.sample_future(np.random.default_rng(0), 40 * len(drawable))
+    batch = future_of(replay, 40 * len(drawable))
     seen = batch["obs"][:, 0].astype(int)
     assert set(seen) == set(drawable)
     rows = {i: naive.row(i) for i in drawable}
@@ -142,7 +147,7 @@ def test_a_long_segment_among_others_is_walked_exactly_and_uniformly():
         stream = "a" if number % 3 else "b"
         numbers[stream].append(number)
         replay.add(stream, step(number))
-    batch = replay.sample_future(np.random.default_rng(0), 40_000)
+    batch = future_of(replay, 40_000)
     now, future = batch["obs"][:, 0].astype(int), batch["future_obs"][:, 0].astype(int)
     for stream, mine in numbers.items():
         of = np.isin(now, mine)
@@ -161,7 +166,7 @@ def test_a_slow_stream_leaves_the_links_of_the_others_alone():
         fast += [number] * (stream == "fast")
         replay.add(stream, step(number))
         if number > 64:
-            batch = replay.sample_future(np.random.default_rng(number), 100)
+            batch = future_of(replay, 100, number)
             now, future = batch["obs"][:, 0].astype(int), batch["future_obs"][:, 0].astype(int)
             assert (future > now).all() and (np.isin(now, fast) == np.isin(future, fast)).all()
 
@@ -170,7 +175,7 @@ def test_a_stream_that_paused_for_long_still_finds_its_own_next_step():
     replay = Replay(3000, 3, 2)
     for number in range(2002):
         replay.add("b", step(number)) if 0 < number < 2001 else replay.add("a", step(number))
-    batch = replay.sample_future(np.random.default_rng(0), 20_000)
+    batch = future_of(replay, 20_000)
     paused = batch["obs"][:, 0] == 0
     assert paused.any() and (batch["future_obs"][paused, 0] == 2001).all()
 
