@@ -2,14 +2,15 @@
 the bound grows while the world behaves as expected and falls back when it surprises.
 
     the actor climbs Q(s, a) - bound_weight * sum_j max(|a_j| - bound, 0)
-    a model predicts s' - s from (s, a); its error on the newest step, averaged over the last steps (`recent`)
-        and over many (`usual`), says how much the world surprises
+    a model predicts s' - s from (s, a), over as many steps as the returns; its error on one of the newest WINDOW steps,
+        averaged over a short while (`recent`) and a long one (`usual`), says how much the world surprises
     bound: from `bound_start` up to `bound_end` over `bound_steps` steps, again from the start where
         recent > surprise * usual
 
 A price and no clip: the critics see actions on both sides of it. Unlike the released code, each value pays for its
 own excess only (there all values pay in full once one is over), and surprise is a ratio, which has no unit (there
-it is an error of 1.5 in the units of the observation). The model is trained with the critics, and lies among their
+it is an error of 1.5 in the units of the observation). The price is in reward, whatever unit the critics count in.
+The model is trained with the critics, and lies among their
 parameters; the bound lies among their statistics.
 """
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+WINDOW = 256  # steps that are new, as published
 RECENT, USUAL = 256, 4096  # steps, time constants of the two means
 SETTLED = 2000  # steps after a start until the means say something
 
@@ -61,17 +63,18 @@ def soft(critic: Any) -> Any:
         def errors(params: Any) -> tuple[jax.Array, jax.Array]:
             change = Dynamics().apply({"params": params}, batch["obs"], batch["action"])
             each = jnp.square(change - (batch["next_obs"] - batch["obs"])).mean(-1)
-            return each.mean(), each[0]  # the newest step comes first
+            return each.mean(), each[0]  # a new one comes first
 
-        (_, newest), of_model = jax.value_and_grad(errors, has_aux=True)(online["params"]["dynamics"])
-        stats = {"critics": new.get("stats", {}), "bound": moved(cfg, online["stats"]["bound"], newest)}
+        (_, new_step), of_model = jax.value_and_grad(errors, has_aux=True)(online["params"]["dynamics"])
+        stats = {"critics": new.get("stats", {}), "bound": moved(cfg, online["stats"]["bound"], new_step)}
         return loss, q, {"critics": grads, "dynamics": of_model}, {"stats": stats}
 
-    def value(cfg: Any, online: Any, obs: jax.Array, action: jax.Array, key: jax.Array) -> jax.Array:
+    def value(cfg: Any, online: Any, batch: Any, action: jax.Array, key: jax.Array) -> jax.Array:
         if cfg.bound_start is None:
-            return critic.value(cfg, online, obs, action, key)
+            return critic.value(cfg, online, batch, action, key)
         excess = jnp.maximum(jnp.abs(action) - online["stats"]["bound"]["now"], 0.0).sum(-1)
-        return critic.value(cfg, inner(online), obs, action, key) - cfg.bound_weight * excess
+        price = cfg.bound_weight / critic.unit(cfg, batch)
+        return critic.value(cfg, inner(online), batch, action, key) - price * excess
 
     return critic._replace(make=make, fit=fit, value=value)
 
@@ -82,7 +85,7 @@ def inner(variables: Any) -> Any:
 
 
 def moved(cfg: Any, bound: dict[str, jax.Array], error: jax.Array) -> dict[str, jax.Array]:
-    """The bound after another update, in which the model erred so much on the newest step."""
+    """The bound after another update, in which the model erred so much on a new step."""
     age = bound["age"] + 1.0 / cfg.utd  # steps since it began to grow
     share = [jnp.maximum(1.0 / (cfg.utd * steps), 1.0 / (cfg.utd * age)) for steps in (RECENT, USUAL)]
     recent, usual = (bound[k] + s * (error - bound[k]) for k, s in zip(("recent", "usual"), share, strict=True))

@@ -66,8 +66,8 @@ def _fit(
     return loss, q, grads, stats
 
 
-def _value(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, key: jax.Array) -> jax.Array:
-    return _module(cfg).apply(critic, obs, action)[..., 0].min(0)
+def _value(cfg: Config, critic: Variables, batch: Batch, action: jax.Array, key: jax.Array) -> jax.Array:
+    return _module(cfg).apply(critic, batch["obs"], action)[..., 0].min(0)
 
 
 init, act, update, held_out, frozen, policy_params, policy_spec = sac.agent(

@@ -187,6 +187,12 @@ class Replay:
             future = self._future(slots.ravel(), rng).reshape(slots.shape)
             take(self._values["obs"], future, out["future_obs"])
 
+    def _recent(self, rng: np.random.Generator, among: int, n: int) -> np.ndarray:
+        """n slots of the newest `among` steps, of those that can be drawn."""
+        slots = (self._added - 1 - np.arange(min(among, self._added, self.capacity))) % self.capacity
+        slots = slots[self._drawable.has(slots)]
+        return rng.choice(slots, n) if len(slots) else self._drawable.draw(rng, n)
+
     def _future(self, slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The slot of a later step of each one's segment."""
         out, segment = self._next[slots], self._segment[slots]
@@ -224,10 +230,10 @@ class _Pool:
             moved = self._slots[self.count]
             self._slots[place], self._place[moved] = moved, place
 
-    @property
-    def newest(self) -> int:
-        """The slot that was put in last, unless one was taken out since: that one is replaced by it."""
-        return int(self._slots[self.count - 1])
+    def has(self, slots: np.ndarray) -> np.ndarray:
+        """Whether each is in the set."""
+        place = self._place[slots]
+        return (place < self.count) & (self._slots[place] == slots)
 
     def draw(self, rng: np.random.Generator, shape: int | tuple[int, int]) -> np.ndarray:
         """Slots drawn uniformly, with replacement."""
@@ -244,10 +250,10 @@ class Strata:
     """
 
     def __init__(
-        self, online: Replay, prior: Replay, utd: int, size: int, future: bool = False, newest_first: bool = False
+        self, online: Replay, prior: Replay, utd: int, size: int, future: bool = False, newest: int = 0
     ) -> None:
         self._online, self._prior, self._utd, self._size = online, prior, utd, size
-        self._newest_first = newest_first
+        self._newest = newest
         self._rooms = [online._empty(utd * size, future) for _ in range(2)]
 
     @property
@@ -258,7 +264,7 @@ class Strata:
     def draw(self, rng: np.random.Generator, share: float) -> Batch:
         """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior;
         with `future` also "future_obs", the observation of a uniformly drawn later step of the segment; with
-        `newest_first` the online rows begin with the newest step.
+        `newest` the online rows begin with one of so many newest steps.
 
         Online takeovers are in both strata (HIL-SERL): the prior one is drawn uniformly from the prior data and
         them. Where there is no prior data, it is there once it has as many steps as a mini-batch takes of it.
@@ -281,8 +287,8 @@ class Strata:
             if count:
                 part = {name: values[:, at : at + count] for name, values in batches.items()}
                 slots = pool.draw(rng, (self._utd, count))
-                if self._newest_first and pool is online._drawable:
-                    slots[:, 0] = pool.newest
+                if self._newest and pool is online._drawable:
+                    slots[:, 0] = online._recent(rng, self._newest, self._utd)
                 replay._fill(part, slots, rng)
                 at += count
         return dict(self._rooms[0])

@@ -98,8 +98,8 @@ def _fit_all(
     return {"params": params}, {"params": target}, opt, losses, values
 
 
-def _value(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, key: jax.Array) -> jax.Array:
-    return _q(cfg, critic, obs, action, key).mean(0)
+def _value(cfg: Config, critic: Variables, batch: Batch, action: jax.Array, key: jax.Array) -> jax.Array:
+    return _q(cfg, critic, batch["obs"], action, key).mean(0)
 
 
 CRITIC = sac.Critic(_make, _fit, _value, lambda cfg: _fit_all if cfg.native else None)

@@ -58,7 +58,7 @@ class Config:
     bound_start: float | None = None  # beyond this an action costs (see `bound`); None: there is no such bound
     bound_end: float = 0.6  # and beyond this after so many steps without a surprise
     bound_steps: int = 30_000
-    bound_weight: float = 12.0  # what it costs
+    bound_weight: float = 12.0  # what it costs, in reward
     surprise: float = 1.5  # error of the model of the world over its usual error, above which the bound falls
 
     def __post_init__(self) -> None:
@@ -142,14 +142,16 @@ class Critic(NamedTuple):
     make: (cfg, key, obs_size, action_size) -> variables
     fit: (cfg, critic, target, batch, next_action (b, a), bonus (b,), key) -> loss, values, gradients and new
         statistics; `bonus` is what entropy adds to the next state's value
-    value: (cfg, critic, obs, action, key) -> (b,), what the actor climbs
+    value: (cfg, critic, batch, action, key) -> (b,), what the actor climbs from the batch's observations
     at_once: (cfg) -> what makes all updates of a call in place of `fit_all`, or None
+    unit: (cfg, batch) -> how much reward a value of 1 is
     """
 
     make: Callable[..., Variables]
     fit: Callable[..., tuple[jax.Array, jax.Array, Any, Any]]
     value: Callable[..., jax.Array]
     at_once: Callable[..., Any] = lambda cfg: None
+    unit: Callable[..., Any] = lambda cfg, batch: 1.0
     has_target: bool = True
     unit_kernels: bool = False
     batch_norm: bool = False  # of the actor, too
@@ -277,7 +279,7 @@ def _actor(critic: Critic, cfg: Config, state: State, batch: Batch) -> tuple[Sta
             cfg, critic, variables, batch["obs"], batch["prev_action"], actor_key
         )
         looked = _seen(cfg, action, batch["prev_action"])
-        value = critic.value(cfg, state.critic, batch["obs"], looked, value_key)
+        value = critic.value(cfg, state.critic, batch, looked, value_key)
         return (temperature * log_prob - value).mean(), (-log_prob.mean(), stats)
 
     (loss, (entropy, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.actor["params"])

@@ -58,6 +58,10 @@ def _make(cfg: Config, key: jax.Array, obs_size: int, action_size: int) -> Varia
     return _module(cfg).init(key, jnp.zeros((1, obs_size)), jnp.zeros((1, action_size)))
 
 
+def _unit(cfg: Config, batch: Batch) -> jax.Array:
+    return jnp.maximum(batch["return_max"], 1e-6) / (FILLED * cfg.reach)
+
+
 def project(cfg: Config, probabilities: jax.Array, places: jax.Array) -> jax.Array:
     """(b, atoms) probabilities at (b, atoms) places -> (b, atoms) on the atoms: each shared by its two neighbours."""
     spots = (jnp.clip(places, -cfg.reach, cfg.reach) + cfg.reach) * (cfg.atoms - 1) / (2 * cfg.reach)
@@ -78,7 +82,7 @@ def _fit(
     following = jax.nn.softmax(logits)
     least = (following @ support).argmin(0)
     chosen = jnp.take_along_axis(following, least[None, :, None], 0)[0]
-    scale = jnp.maximum(batch["return_max"], 1e-6) / (FILLED * cfg.reach)
+    scale = _unit(cfg, batch)
     reward = batch["reward"] / scale
     places = reward[:, None] + batch["discount"][:, None] * (support[None] + bonus[:, None])
     goal = project(cfg, chosen, places)
@@ -93,10 +97,10 @@ def _fit(
     return loss, value * scale.mean(), grads, stats
 
 
-def _value(cfg: Config, critic: Variables, obs: jax.Array, action: jax.Array, key: jax.Array) -> jax.Array:
-    return (jax.nn.softmax(_module(cfg).apply(critic, obs, action)) @ _support(cfg)).min(0)
+def _value(cfg: Config, critic: Variables, batch: Batch, action: jax.Array, key: jax.Array) -> jax.Array:
+    return (jax.nn.softmax(_module(cfg).apply(critic, batch["obs"], action)) @ _support(cfg)).min(0)
 
 
 init, act, update, held_out, frozen, policy_params, policy_spec = sac.agent(
-    sac.Critic(_make, _fit, _value, unit_kernels=True, batch_norm=True)
+    sac.Critic(_make, _fit, _value, unit=_unit, unit_kernels=True, batch_norm=True)
 )

@@ -50,7 +50,7 @@ class Learner:
     """How the learner spends its steps."""
 
     steps: int = 250_000  # of the whole training
-    start_steps: int = 5_000  # before the first update; with prior data updates begin at once
+    start_steps: int = 5_000  # before the first update; with prior data alone (no --from) updates begin at once
     publish_every: int = 1  # steps between two versions of the weights
     max_lead: int = 2  # steps a twin may run ahead of training
     snapshot_every_s: float = 60.0

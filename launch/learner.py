@@ -93,6 +93,8 @@ class Learner:
         task, command = catalog.make_task(job.spec), catalog.declaration(job.spec)[1]
         experience = [translated(meta, records, command) for meta, records in prior]
         self.trainer = Trainer(task, job.config, job.seed, experience, job.devices)
+        if job.start:  # it acts already: the first batches need not be copies of one step beside prior data
+            self.trainer.start_steps = job.config.learner.start_steps
         self._compiled = ThreadPoolExecutor(1).submit(self.trainer.warm_up)
         self._first_lap, self._actors = False, 0
         self._trouble = ""  # as last told

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..agents import bc, snapshot
+from ..agents import bc, bound, snapshot
 from ..agents.replay import Batch, Replay, Strata, minibatches
 from ..robot_env.record import Record
 from ..robot_env.sample import Fold, Sample, samples
@@ -52,8 +52,8 @@ class Trainer:
             for sample in samples(task, records, config.learner.takeover_reward):
                 self.prior.add((i, sample.part), sample)
         mini_batches = self.agent.utd, self.agent.batch
-        newest_first = getattr(self.agent, "bound_start", None) is not None  # on which its model is measured
-        self._strata = Strata(self.replay, self.prior, *mini_batches, task.spec.hindsight > 0.0, newest_first)
+        newest = bound.WINDOW if getattr(self.agent, "bound_start", None) else 0  # on which its model is measured
+        self._strata = Strata(self.replay, self.prior, *mini_batches, task.spec.hindsight > 0.0, newest)
         # steps before the first update; with prior data updates begin at once
         self.start_steps = 1 if len(self.prior) else config.learner.start_steps
         compute.full_precision()

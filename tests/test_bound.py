@@ -42,10 +42,25 @@ def test_each_value_of_an_action_pays_for_what_is_beyond_the_bound():
     obs = np.zeros((4, OBS), np.float32)
     action = np.array([[0.3, -0.3], [0.35, -0.35], [0.45, -0.3], [-1.0, 0.85]], np.float32)
     free, priced = (
-        np.asarray(critic.value(replace(CFG, bound_weight=w), variables, obs, action, jax.random.key(1)))
+        np.asarray(critic.value(replace(CFG, bound_weight=w), variables, {"obs": obs}, action, jax.random.key(1)))
         for w in (0.0, 12.0)
     )
     np.testing.assert_allclose(free - priced, 12.0 * np.array([0, 0, 0.1, 0.65 + 0.5]), atol=1e-4)
+
+
+def test_the_price_is_in_reward_whatever_the_critics_count_in():
+    """XQC's values lie within 5; with rewards and price 8 times as large an actor learns the same."""
+    cfg = xqc.Config(**SMALL, bound_start=0.1, actor_every=2)
+    batches = batches_of(cfg, cfg.utd)
+    larger = batches | {name: 8 * batches[name] for name in ("reward", "return_max")}
+    dear = replace(cfg, bound_weight=8 * cfg.bound_weight)
+    one, other, dearer = (
+        xqc.update(c, xqc.init(c, jax.random.key(0), OBS, ACT), b)[0].actor
+        for c, b in ((cfg, batches), (dear, larger), (dear, batches))
+    )
+    same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)]
+    assert all(same)  # a power of 2 is exact
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(dearer), strict=True))
 
 
 def followed(cfg, errors):
@@ -99,17 +114,26 @@ def test_there_is_no_native_update():
         replace(CFG, native=True)
 
 
-def test_the_newest_step_comes_first_in_every_mini_batch():
-    online, prior = Replay(6, 1, 1, 1, 0.9), Replay(6, 1, 1, 1, 0.9)
-    strata = Strata(online, prior, 3, 4, newest_first=True)
-    one, rng = np.zeros(1, np.float32), np.random.default_rng(0)
-    for n in range(20):  # three times round the ring
-        online.add("a", Sample(np.float32([n]), one, one, 0.0, False, False, True))
-        if n:
-            drawn = minibatches(strata.draw(rng, 0.5), 3, 4)
-            assert (drawn["obs"][:, 0] == n - 1).all()
-    assert len(np.unique(drawn["obs"][:, 1:])) > 1
+def test_one_of_the_newest_steps_comes_first_in_every_mini_batch():
+    online, prior = Replay(12, 1, 1, 1, 0.9), Replay(12, 1, 1, 1, 0.9)
+    strata = Strata(online, prior, 3, 4, newest=4)
+    one, rng, seen = np.zeros(1, np.float32), np.random.default_rng(0), set()
+    for n in range(40):  # three times round the ring; every fifth step is not to be learned from
+        online.add("a", Sample(np.float32([n]), one, one, 0.0, False, False, n % 5 > 0))
+        if n > 3:
+            first = minibatches(strata.draw(rng, 0.5), 3, 4)["obs"][:, 0, 0]
+            assert ((n - first >= 1) & (n - first <= 3) & (first % 5 > 0)).all()  # the last has no successor
+            seen |= set(n - first)
+    assert seen == {1, 2, 3}
     for n in range(30, 40):
         prior.add("b", Sample(np.float32([n]), one, one, 0.0, False, False, True))
     drawn = [minibatches(strata.draw(rng, 1.0), 3, 4)["obs"] for _ in range(20)]
     assert len(np.unique([batch[:, 0] for batch in drawn])) > 1  # of prior data none is newer than another
+
+
+def test_where_no_new_step_can_be_drawn_any_other_is():
+    online = Replay(12, 1, 1, 1, 0.9)
+    strata, one = Strata(online, Replay(1, 1, 1), 3, 4, newest=4), np.zeros(1, np.float32)
+    for n in range(12):
+        online.add("a", Sample(np.float32([n]), one, one, 0.0, False, False, n < 5))
+    assert (strata.draw(np.random.default_rng(0), 0.5)["obs"] < 5).all()

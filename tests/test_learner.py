@@ -152,6 +152,21 @@ def test_who_starts_from_a_run_makes_no_random_steps():
         assert orders["random_steps"] == 0
 
 
+def test_who_starts_from_a_run_takes_all_that_it_learned_and_waits_for_experience_of_its_own():
+    first_run()
+    Path("run/config.toml").write_text(config.dump(settings(), task=FAKE, name="fake", seed=0), encoding="utf-8")
+    Path("second").mkdir()
+    old = trained([])
+    old.load(Path("run/snapshots"))
+    with learner(folder="second", start="run") as (one, _):
+        assert one.trainer.updates == one.trainer.steps == 0 and one.trainer.start_steps == 10
+        for name in old.state._fields:
+            of = [jax.tree.leaves(getattr(trainer.state, name)) for trainer in (one.trainer, old)]
+            for mine, theirs in zip(*of, strict=True):
+                assert jax.numpy.array_equal(mine, theirs), name
+    assert int(old.state.updates) > 20 and old.state.critic_opt[0].count > 20
+
+
 def cloned_run() -> Trainer:
     cloned = trained(drive(60), "agent.algorithm=bc")
     cloned.save(Path("run/snapshots"))

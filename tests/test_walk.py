@@ -23,7 +23,7 @@ from tether.robot_env.legs import LIE_S, TUMBLE_S, Legged, Tumble, tilt
 from tether.robot_env.rate import Rate
 from tether.robot_env.record import Meta, Record
 from tether.robot_env.reset import Wheeled
-from tether.robot_env.safety import Gate, Limits
+from tether.robot_env.safety import Gate, Limits, SafetyError
 from tether.robot_env.sample import samples
 from tether.robot_env.task import TaskError, TaskSpec, load, parse
 from tether.robot_env.walk import Walk
@@ -295,11 +295,12 @@ def test_an_action_box_that_cannot_be_is_named(low, high, says):
 
 
 def test_the_wide_boxes_are_as_wide_as_the_joints_allow_about_standing():
-    for name in ("dog-run", "dog-stand-up"):
+    crouch = np.add(NOMINAL, [0.0, 0.1, -0.3] * 4)
+    for name, stance in (("dog-run", crouch), ("dog-stand-up", np.array(NOMINAL))):
         command = catalog.make_task(load(name))._command
-        assert command.to_command(np.zeros(12)) == pytest.approx(NOMINAL)
-        half = np.minimum(np.subtract(NOMINAL, COMMAND.low), np.subtract(COMMAND.high, NOMINAL))
-        assert np.subtract(command.action_high, NOMINAL) == pytest.approx(half)
+        assert command.to_command(np.zeros(12)) == pytest.approx(stance)
+        half = np.minimum(stance - COMMAND.low, COMMAND.high - stance)
+        assert command.action_high - stance == pytest.approx(half)
 
 
 class Takes:
@@ -570,6 +571,14 @@ def test_recorded_actions_keep_their_meaning_in_another_box():
     with pytest.raises(TaskError, match="dog-walk: car-loop was trained on car; this task's robot is quadruped"):
         catalog.check_actions(narrow, load("car-loop"))
     catalog.check_actions(narrow, load("dog-course"))
+
+
+def test_a_calf_that_is_always_bent_can_be_limited():
+    limits = Limits.of(CHANNELS, COMMAND, {"max_FR_calf_rad": 1.5, "max_FL_thigh_rad": 0.9})
+    assert (limits.low[2], limits.high[2]) == (-1.5, -0.888) and (limits.low[4], limits.high[4]) == (-0.686, 0.9)
+    for wrong in (0.888, 2.9):
+        with pytest.raises(SafetyError, match="must be above 0.888 and at most the robot's own 2.818"):
+            Limits.of(CHANNELS, COMMAND, {"max_FR_calf_rad": wrong})
 
 
 def test_the_gate_measures_every_joint():

@@ -2,9 +2,9 @@
 
     python tests/bench/bench_update.py [--calls 9] [--out bench_update.json]
 
-Observation 48, action 12, batch 256, 2 x 256; a call is 20 critic updates and one of the actor (CrossQ and XQC as
-their settings have it). Medians of calls that take turns, so that all have the same weather; the floor is what the
-matrix products alone would take at this machine's sgemm rate.
+Observation 48, action 12, batch 256, 2 x 256; a call draws its batch and makes 20 critic updates and one of the actor
+(CrossQ and XQC as their settings have it). Medians of calls that take turns, so that all have the same weather; the
+floor is what the matrix products alone would take at this machine's sgemm rate.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from typing import Any
 import jax
 import numpy as np
 from tether.agents import crossq, droq, native, rlpd, xqc
+from tether.agents.replay import Replay, Strata, minibatches
+from tether.robot_env.sample import Sample
 
 OBS, ACT, BATCH, WIDTH, UTD = 48, 12, 256, 256, 20
 SHAPES = {"E2": 2, "E10": 10}
+FILLED = 5_000  # steps in a replay buffer
 WARM = 6  # calls before any is measured: an actor that moves now and then is compiled by then, too
 Call = Callable[[], None]
 
 
 def ours(algorithm: Any, **settings: Any) -> Call:
-    """One update of an algorithm on a ready batch."""
+    """A step's batch drawn from a filled replay, as peers' calls draw theirs, and the update on it."""
     cfg = algorithm.Config(**settings)
     rng, state = np.random.default_rng(0), algorithm.init(cfg, jax.random.key(0), OBS, ACT)
-
-    def rows(*shape: int) -> np.ndarray:
-        return rng.standard_normal((cfg.utd, cfg.batch, *shape)).astype(np.float32)
-
-    batches = {
-        "obs": rows(OBS), "action": np.tanh(rows(ACT)), "prev_action": np.tanh(rows(ACT)), "reward": rows(),
-        "discount": np.full((cfg.utd, cfg.batch), 0.99, np.float32), "next_obs": rows(OBS),
-        "next_prev_action": np.tanh(rows(ACT)), "return_max": np.full((cfg.utd, cfg.batch), 50, np.float32),
-    }  # fmt: skip
+    online = Replay(FILLED, OBS, ACT)
+    for _ in range(FILLED):
+        obs, (previous, action) = rng.standard_normal(OBS), rng.uniform(-1, 1, (2, ACT))
+        online.add("a", Sample(obs, previous, action, float(rng.standard_normal()), False, False, True))
+    strata = Strata(online, Replay(1, OBS, ACT), cfg.utd, cfg.batch)
 
     def call() -> None:
         nonlocal state
+        batches = minibatches(strata.draw(rng, 0.0), cfg.utd, cfg.batch)
         state, metrics = algorithm.update(cfg, state, batches)
         jax.block_until_ready((state, metrics))
 
@@ -66,7 +66,7 @@ def peer(package: str, name: str, updates: int, **settings: Any) -> Call:
     model = algorithm("MlpPolicy", Env(), batch_size=BATCH, buffer_size=20_000, seed=0, **settings)
     model.set_logger(configure(None, []))
     rng = np.random.default_rng(0)
-    for _ in range(5_000):
+    for _ in range(FILLED):
         obs, following = rng.standard_normal((2, 1, OBS)).astype(np.float32)
         model.replay_buffer.add(obs, following, rng.uniform(-1, 1, (1, ACT)), np.zeros(1), np.zeros(1, bool), [{}])
     if package == "sbx":
