@@ -256,11 +256,6 @@ class Strata:
         self._newest = newest
         self._rooms = [online._empty(utd * size, future) for _ in range(2)]
 
-    @property
-    def return_max(self) -> float:
-        """The largest return in either, by magnitude."""
-        return max(self._online.return_max, self._prior.return_max)
-
     def draw(self, rng: np.random.Generator, share: float) -> Batch:
         """utd mini-batches of `size` rows, one after the other, each with `share` of its rows (rounded) prior;
         with `future` also "future_obs", the observation of a uniformly drawn later step of the segment; with
@@ -277,7 +272,7 @@ class Strata:
         if rows and online.takeovers:  # as many in each mini-batch; on average exactly their share of the stratum
             taken = min(int(rows * online.takeovers / (online.takeovers + len(prior)) + rng.random()), rows)
         self._rooms.reverse()
-        self._rooms[0]["return_max"][:] = self.return_max
+        self._rooms[0]["return_max"][:] = max(online.return_max, prior.return_max)
         batches, at = minibatches(self._rooms[0], self._utd, self._size), 0
         for replay, pool, count in (
             (online, online._drawable, self._size - rows),

@@ -196,14 +196,6 @@ def update(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple[S
     next_prev_action, return_max. `state` is consumed. Metrics are scalars on the device; losses of the critics are
     means over the mini-batches.
     """
-    state, metrics = _in_turn(critic, cfg, state, batches)
-    if cfg.bound_start is not None:
-        metrics["action_bound"] = state.critic["stats"]["bound"]["now"]
-    return state, metrics
-
-
-def _in_turn(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple[State, dict[str, jax.Array]]:
-    """The updates of critics and actor, as often as each is due."""
     period = cfg.period
     if period >= cfg.utd:
         state, metrics = _critics(critic, cfg, state, batches)
@@ -234,7 +226,8 @@ def _critics(critic: Critic, cfg: Config, state: State, batches: Batch) -> tuple
     online, target, opt, losses, values = fit(cfg, state, batches, next_action, bonus, keys)
     done = state.updates + bonus.shape[0]
     state = state._replace(critic=online, target=target, critic_opt=opt, updates=done, key=key)
-    return state, {"critic_loss": losses.mean(), "q_mean": values.mean()}
+    metrics = {"critic_loss": losses.mean(), "q_mean": values.mean()}
+    return state, metrics | ({"action_bound": online["stats"]["bound"]["now"]} if cfg.bound_start else {})
 
 
 def _following(

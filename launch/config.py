@@ -68,14 +68,10 @@ class Learner:
             if name in ("prior_share", "prior_share_end"):
                 if not 0 <= value <= 1:
                     raise ValueError(f"{name} = {value:g}: must lie between 0 and 1")
-            elif name == "prior_anneal":
-                if value < 0:
-                    raise ValueError(f"{name} = {value:g}: must not be negative")
-            elif name == "held_out":
-                if value < 0 or value == 1:
-                    raise ValueError(f"{name} = {value:g}: must be 0 or at least 2; with 1 nothing is left to train on")
-            elif name != "takeover_reward" and value < 1:
-                raise ValueError(f"{name} = {value:g}: must be at least 1")
+            elif name != "takeover_reward" and value < (least := int(name not in ("prior_anneal", "held_out"))):
+                raise ValueError(f"{name} = {value:g}: must be at least {least}")
+        if self.held_out == 1:
+            raise ValueError("held_out = 1: nothing is left to train on; must be 0 or at least 2")
 
 
 @dataclass(frozen=True)

@@ -119,12 +119,18 @@ class Trainer:
         """Compile the update before anything moves. From shapes, so that the state can be made meanwhile."""
         blank = minibatches(self.replay.blank(self.agent.utd * self.agent.batch), self.agent.utd, self.agent.batch)
         batches = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self._split) for k, v in blank.items()}
-        whole = partial(jax.ShapeDtypeStruct, sharding=self._everywhere)
-        state = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
         if lower := getattr(self._algorithm.update, "lower", None):  # else it is compiled at its first call
-            lower(self.agent, state, batches).compile()
+            lower(self.agent, self._shapes(), batches).compile()
+
+    def warm_up_measure(self) -> None:
+        """Compile what `metrics` measures with, too; nothing waits for it at the start."""
         if lower := getattr(getattr(self._algorithm, "held_out", None), "lower", None):
-            lower(self.agent, state, self.replay.blank(self.agent.batch)).compile()
+            lower(self.agent, self._shapes(), self.replay.blank(self.agent.batch)).compile()
+
+    def _shapes(self) -> Any:
+        """Those of the state."""
+        whole = partial(jax.ShapeDtypeStruct, sharding=self._everywhere)
+        return jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
 
     def metrics(self) -> dict[str, float]:
         """`learn/...` values of the newest update that has ended: nothing waits for them."""
@@ -134,7 +140,7 @@ class Trainer:
         if measure and len(self._aside) >= BLOCK:  # told next time: nothing waits for it
             for name, replay in (("held_out_loss", self._aside), ("seen_loss", self.replay)):
                 batch = replay.sample(np.random.default_rng(self.steps), self.agent.batch)
-                batch["return_max"][:] = self._strata.return_max  # as in training
+                batch["return_max"][:] = max(self.replay.return_max, self.prior.return_max)  # as in training
                 self._measured[name] = measure(self.agent, self.state, batch)
         trained = max(self.steps - self.start_steps + 1, 1)
         return out | {

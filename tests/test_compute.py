@@ -109,9 +109,10 @@ DEVICES = """
     import sys
     import jax
     import numpy as np
-    from tether.launch import catalog, config
+    from tether.launch import catalog, config, trainer as module
     from tether.launch.trainer import Trainer
 
+    module.BLOCK = 1  # few steps are held out here
     task, records = catalog.make_task(catalog.load_spec("fake.toml")), []
     env = catalog.make_env(task, seed=1)
     env.on_record.append(records.append)
@@ -125,11 +126,14 @@ DEVICES = """
         lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None)
     for trainer in trainers:
         trainer.warm_up()
+        trainer.warm_up_measure()
         assert trainer.state
         before = len(compiled)
         assert before
         for record in records:
             trainer.push("a", record)
+        trainer.metrics()
+        assert trainer.metrics()["learn/held_out_loss"] > 0
         assert len(compiled) == before  # warming up was all there was to do
         trainer.save(f"snapshots{len(trainer.state.log_temperature.devices())}")
     one, four = (jax.tree_util.tree_leaves_with_path(trainer.state) for trainer in trainers)
@@ -155,7 +159,7 @@ def test_four_devices_learn_what_one_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("fake.toml").write_text(FAKE)
     flags = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"
-    command = [sys.executable, "-c", textwrap.dedent(DEVICES), *SETTINGS, "agent.utd=3"]
+    command = [sys.executable, "-c", textwrap.dedent(DEVICES), *SETTINGS, "agent.utd=3", "learner.held_out=2"]
     done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

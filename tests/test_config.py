@@ -101,8 +101,8 @@ def test_set_takes_toml_values_and_bare_words():
         ("actor.takeover=1", "actor.takeover must be a text in quotes, not 1"),
         ("actor.takeover_quality=1.5", "[actor] takeover_quality = 1.5: must lie between 0 and 1"),
         ("learner.takeover_reward=yes", "learner.takeover_reward must be a number or \"none\", not 'yes'"),
-        ("learner.held_out=1", "[learner] held_out = 1: must be 0 or at least 2"),
-        ("learner.prior_anneal=-1", "[learner] prior_anneal = -1: must not be negative"),
+        ("learner.held_out=1", "[learner] held_out = 1: nothing is left to train on; must be 0 or at least 2"),
+        ("learner.prior_anneal=-1", "[learner] prior_anneal = -1: must be at least 0"),
         ("gamma=0.9", "write section.key=value"),
         ("agent.gamma", "write section.key=value"),
         ("agent.gamma=[", "agent.gamma must be a number, not '['"),
@@ -200,7 +200,8 @@ def test_a_preset_that_names_an_algorithm_is_for_that_one(tmp_path):
 def test_aprl_and_sim2real_stand_on_another_preset():
     plain, bound, on = (config.load(f"cpu{more}", "walk") for more in ("", ",aprl", ",sim2real"))
     assert bound.algorithm == on.algorithm == plain.algorithm
-    assert dict(bound.agent) == dict(plain.agent) | {"bound_start": 0.35} and bound.actor.random_bound == 0.35
+    assert dict(bound.agent) == dict(plain.agent) | {"bound_start": 0.35, "target_entropy": -12.0}
+    assert bound.actor.random_bound == 0.35
     assert dict(on.agent) == dict(plain.agent) | {"actor_lr": 1e-5, "actor_every": 20}
     assert on.learner.prior_anneal == 12_500 and on.actor == plain.actor
 
