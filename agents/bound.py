@@ -10,8 +10,8 @@ the bound grows while the world behaves as expected and falls back when it surpr
 A price and no clip: the critics see actions on both sides of it. Unlike the released code, each value pays for its
 own excess only (there all values pay in full once one is over), and surprise is a ratio, which has no unit (there
 it is an error of 1.5 in the units of the observation). The price is in reward, whatever unit the critics count in.
-The model is trained with the critics, and lies among their
-parameters; the bound lies among their statistics.
+
+The model is trained with the critics and lies among their parameters; the bound lies among their statistics.
 """
 
 from __future__ import annotations

@@ -224,14 +224,13 @@ class _Pool:
 
     def discard(self, slot: int) -> None:
         """Take a slot out, if it is in; the last one takes its place."""
-        place = self._place[slot]
-        if place < self.count and self._slots[place] == slot:
+        if self.has(slot):
             self.count -= 1
-            moved = self._slots[self.count]
+            place, moved = self._place[slot], self._slots[self.count]
             self._slots[place], self._place[moved] = moved, place
 
-    def has(self, slots: np.ndarray) -> np.ndarray:
-        """Whether each is in the set."""
+    def has(self, slots: Any) -> Any:
+        """Whether a slot, or each of many, is in the set."""
         place = self._place[slots]
         return (place < self.count) & (self._slots[place] == slots)
 

@@ -65,10 +65,10 @@ class Learner:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name in ("prior_share", "prior_share_end"):
-                if not 0 <= value <= 1:
-                    raise ValueError(f"{name} = {value:g}: must lie between 0 and 1")
-            elif name != "takeover_reward" and value < (least := int(name not in ("prior_anneal", "held_out"))):
+            share, least = name in ("prior_share", "prior_share_end"), 0 if name in ("prior_anneal", "held_out") else 1
+            if share and not 0 <= value <= 1:
+                raise ValueError(f"{name} = {value:g}: must lie between 0 and 1")
+            if not share and name != "takeover_reward" and value < least:
                 raise ValueError(f"{name} = {value:g}: must be at least {least}")
         if self.held_out == 1:
             raise ValueError("held_out = 1: nothing is left to train on; must be 0 or at least 2")

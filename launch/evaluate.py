@@ -20,7 +20,7 @@ from ..robot_env.record import Record
 from ..robot_env.task import TaskError
 
 Driver = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (observation, previous action) -> action
-SLOWEST_MPS = 0.2  # laps that take longer than at this speed are given up; a dog walks at twice that
+SLOWEST_MPS = 0.2  # laps that take longer than at this speed are given up; a dog walks at twice that or more
 TUNE_LAPS = 3  # clean ones that a tuned pursuit must drive
 
 
@@ -173,7 +173,7 @@ def drive(
     tally = Tally(env)
     limit = steps or np.inf
     if laps is not None and isinstance(env.task, Course):
-        limit = min(limit, (laps + 1) * env.task.line.length / SLOWEST_MPS * env.task.spec.hz)
+        limit = min(limit, patience(env.task, laps))
 
     def wish(obs: np.ndarray, prev_action: np.ndarray) -> np.ndarray | None:
         done = len(tally.laps) >= (laps or np.inf) or len(tally.returns) >= (episodes or np.inf)
@@ -186,6 +186,11 @@ def drive(
 
     practise(env, wish, seed)
     return tally.report()
+
+
+def patience(course: Course, laps: int) -> float:
+    """Ticks after which so many laps, and one to begin with, are given up."""
+    return (laps + 1) * course.line.length / SLOWEST_MPS * course.spec.hz
 
 
 def pursuit(env: RobotEnv, speed_mps: float, lookahead_m: float) -> Driver:

@@ -95,8 +95,9 @@ class Learner:
         self.trainer = Trainer(task, job.config, job.seed, experience, job.devices)
         if job.start:  # it acts already: the first batches need not be copies of one step beside prior data
             self.trainer.start_steps = job.config.learner.start_steps
-        compiles = self.trainer.warm_up, self.trainer.warm_up_measure
-        self._compiled, _ = map(ThreadPoolExecutor(1).submit, compiles)
+        compiles = ThreadPoolExecutor(1)
+        self._compiled = compiles.submit(self.trainer.warm_up)
+        compiles.submit(self.trainer.warm_up_measure)
         self._first_lap, self._actors = False, 0
         self._trouble = ""  # as last told
         self._overfit, self._warned = 0, False  # logs in a row

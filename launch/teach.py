@@ -22,13 +22,12 @@ from ..robot_env.hand import Scripted, miss, show
 from ..robot_env.manipulate import Manipulate, shown_task
 from ..robot_env.record import Record
 from . import catalog
-from .evaluate import Tally, practise, pursuit
+from .evaluate import Tally, patience, practise, pursuit
 
 LOOKAHEAD_M = 0.8  # of the scripted driver
 WANDER_RAD = 0.15  # steering noise of a script of quality 0
 WANDER_S = 0.5  # its correlation time
 SPEED_MPS = {"course": 1.0, "manipulate": takeover.SCRIPT_MPS}  # of a script, unless told otherwise
-SLOWEST_MPS = 0.2  # a recording that takes longer than at this speed is given up
 OVERLAP_M = 1.0  # driven beyond the last lap, so that the loop closes
 TAUGHT = {"arm-pick": 0.62, "arm-insert": 0.94}  # quality of the scripts to learn from: 8 of 10 of their tries succeed
 PATIENCE = 10  # tries to one that succeeds, after which a recording is given up
@@ -144,13 +143,13 @@ def record_laps(
     """Drive, write every record as it happens, and close the environment. Returns DESIGN's keys of `record`."""
     assert isinstance(env.task, Course)
     tally, overlap = Tally(env), 0.0
-    patience = (laps + 1) * env.task.line.length / SLOWEST_MPS * env.task.spec.hz
+    limit = patience(env.task, laps)
 
     def see(made: Record) -> None:
         nonlocal overlap
         if len(tally.laps) >= laps:
             overlap += abs(float(made.reading.values["velocity"][0])) / env.task.spec.hz
-        if made.seq > patience:
+        if made.seq > limit:
             raise record.RecordError(f"{out}: lap {len(tally.laps) + 1} does not end: too narrow, tight or slow?")
         if "lap_time_s" in made.events:
             say(f"lap {len(tally.laps)} of {laps}: {tally.laps[-1]:.1f} s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,28 +124,28 @@ class Trainer:
 
     def warm_up_measure(self) -> None:
         """Compile what `metrics` measures with, too; nothing waits for it at the start."""
-        if lower := getattr(getattr(self._algorithm, "held_out", None), "lower", None):
+        lower = getattr(getattr(self._algorithm, "held_out", None), "lower", None)
+        if lower and self.config.learner.held_out:
             lower(self.agent, self._shapes(), self.replay.blank(self.agent.batch)).compile()
 
     def _shapes(self) -> Any:
         """Those of the state."""
-        whole = partial(jax.ShapeDtypeStruct, sharding=self._everywhere)
-        return jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), self._init.out_info)
+        made, on = self._init.out_info, self._everywhere
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), made)
 
     def metrics(self) -> dict[str, float]:
         """`learn/...` values of the newest update that has ended: nothing waits for them."""
         out = {f"learn/{name}": float(value) for name, value in (self._ended or self._metrics).items()}
         out |= {f"learn/{name}": float(value) for name, value in self._measured.items()}
         measure = getattr(self._algorithm, "held_out", None)  # those that plug in need not
-        if measure and len(self._aside) >= BLOCK:  # told next time: nothing waits for it
+        if measure and len(self._aside) >= BLOCK and len(self.replay):  # told next time: nothing waits for it
             for name, replay in (("held_out_loss", self._aside), ("seen_loss", self.replay)):
                 batch = replay.sample(np.random.default_rng(self.steps), self.agent.batch)
                 batch["return_max"][:] = max(self.replay.return_max, self.prior.return_max)  # as in training
                 self._measured[name] = measure(self.agent, self.state, batch)
-        trained = max(self.steps - self.start_steps + 1, 1)
         return out | {
             "learn/updates": self.updates,
-            "learn/utd": self.updates / trained,
+            "learn/utd": self.updates / max(self.steps - self.start_steps + 1, 1),
             "learn/update_ms": 1e3 * self.update_s / max(self.updates - self._restored, 1),
         }
 

@@ -72,16 +72,15 @@ class Limits:
         for key, value in wanted.items():
             if key not in {*keys, "deadman_s"}:
                 raise SafetyError(f"[gate] {key}: unknown limit; this robot has {', '.join(sorted(keys))}, deadman_s")
-            least, most = 0.0, np.inf
-            if key in keys:  # of either sign; a calf, say, is always bent
-                i = keys[key]
+            i, least, most = keys.get(key), 0.0, np.inf
+            if i is not None:  # of either sign; a calf, say, is always bent
                 least, most = max(0.0, low[i], -high[i]), max(abs(low[i]), abs(high[i]))
             if not least < value <= most:
                 raise SafetyError(
                     f"[gate] {key} = {value}: must be above {least:g} and at most the robot's own {most:g}; "
                     "a task may only tighten"
                 )
-            if key in keys:
+            if i is not None:
                 high[i], low[i] = min(high[i], value), max(low[i], -value)
         return cls(
             low, high, rate, np.array(command.reach or free), np.array(command.tolerance or free), safe,

@@ -31,9 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomllib
 from tether.drivers.quadruped import SPREAD
-from tether.launch import teach
+from tether.launch import catalog, teach
 
 TETHER = [sys.executable, "-m", "tether.launch.cli"]
 STEPS = 12_000  # 20 minutes of driving at 10 Hz
@@ -232,8 +231,8 @@ def grow(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]
     grows; the first seed's bound for as long again."""
     folder.mkdir(parents=True, exist_ok=True)
     free, narrow = SHIPPED / "dog-run.toml", folder / "narrow.toml"
-    middle = (np.array(task_of(free)["action"]["low"]) + task_of(free)["action"]["high"]) / 2
-    box = {"low": middle - np.array(SPREAD), "high": middle + np.array(SPREAD)}  # A Walk in the Park's, about the same
+    middle = catalog.declaration(catalog.load_spec("dog-run"))[1].to_command(np.zeros(12))
+    box = {"low": middle - SPREAD, "high": middle + SPREAD}  # A Walk in the Park's, about the same
     lines = [f"{name} = {[round(float(x), 6) for x in ends]}" for name, ends in box.items()]
     narrow.write_text("\n".join([free.read_text().partition("[action]")[0], "[action]", *lines, ""]))
     out: dict[str, Any] = {}
@@ -253,11 +252,6 @@ def grow(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]
     far = seed > 0 or out["aprl-longer"]["speed_mps"] >= 0.6
     alone = not any(found["interventions"] for found in out.values())
     return out | {"passed": faster and calmer and far and alone}
-
-
-def task_of(file: Path) -> dict[str, Any]:
-    """A task file as it is written."""
-    return tomllib.loads(file.read_text())
 
 
 def changed(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:

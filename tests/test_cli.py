@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tether.launch import actor, cli, teach
+from tether.launch import actor, cli, evaluate, teach
 from tether.robot_env.record import read_recording
 
 from tests.conftest import FAKE, SETTINGS, TETHER, flags, free_address
@@ -177,7 +177,7 @@ def test_a_recording_of_another_robot_is_refused(capsys):
 
 
 def test_a_recording_that_gets_nowhere_is_given_up(monkeypatch, capsys):
-    monkeypatch.setattr(teach, "SLOWEST_MPS", 5.0)
+    monkeypatch.setattr(evaluate, "SLOWEST_MPS", 5.0)
     assert "lap: lap 1 does not end: too narrow" in refused(capsys, "record", "fake.toml", "--out", "lap")
 
 

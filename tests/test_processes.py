@@ -12,7 +12,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -394,10 +394,16 @@ def test_a_person_at_the_terminal_of_a_run_takes_over_and_ends_it():
 
 
 def children(pid: int) -> list[int]:
+    """Its children that are actors; threads and processes may end while they are looked at."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
-    return [child for child in found if b"actor" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        with suppress(OSError):
+            found += map(int, (task / "children").read_text().split())
+    actors = []
+    for child in found:
+        with suppress(OSError):
+            actors += [child] if b"actor" in Path(f"/proc/{child}/cmdline").read_bytes() else []
+    return actors
 
 
 def select_readable(fd: int) -> bool:
