@@ -397,7 +397,7 @@ def policy_params(cfg: Config, state: State) -> dict[str, np.ndarray]:
 
 
 def policy_spec(cfg: Config, state: State) -> dict[str, Any]:
-    """The layers of the actor as the onboard runtime takes them, ready for JSON."""
+    """The layers of the actor as the onboard runtime takes them, ready for JSON; from the shapes of a state, too."""
     params = state.actor["params"]
     return {
         "observation_size": int(params["dense0"]["kernel"].shape[0]),

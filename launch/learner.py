@@ -98,12 +98,11 @@ class Learner:
         compiles = ThreadPoolExecutor(1)
         self._compiled = compiles.submit(self.trainer.warm_up)
         compiles.submit(self.trainer.warm_up_measure)
-        self._first_lap, self._actors = False, 0
+        self._first_lap, self._actors, self._version = False, 0, 0
         self._trouble = ""  # as last told
         self._overfit, self._warned = 0, False  # logs in a row
         self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
         self._saved = time.monotonic()
-        self._version = 0
         self._sent = 0, 0  # updates and steps when weights were
         expected = self._begin()
         self.journal = Journal(job.folder / "steps")
@@ -119,6 +118,7 @@ class Learner:
 
     def ready(self) -> None:
         """Wait for the compiled update and let the actors have the first weights."""
+        self.trainer.policy()  # makes a fresh state beside the compiling
         self._compiled.result()
         self._publish()
 
@@ -235,7 +235,8 @@ class Learner:
                 new = record.seq > cursor.get(meta.stream, 0)
                 self.trainer.push(meta.stream, record, new and self.trainer.steps < self.job.config.learner.steps)
             expected[meta.stream] = records[-1].seq + 1 if records else 1
-        self.trainer.policy()  # can be sent, or it ends here
+        if self.job.resume or self.job.start:
+            self.trainer.policy()  # can be sent, or it ends here
         if self.job.resume:
             self.log.note(f"resumed at step {self.trainer.steps:,}")
         return expected

@@ -135,8 +135,7 @@ class Trainer:
 
     def metrics(self) -> dict[str, float]:
         """`learn/...` values of the newest update that has ended: nothing waits for them."""
-        out = {f"learn/{name}": float(value) for name, value in (self._ended or self._metrics).items()}
-        out |= {f"learn/{name}": float(value) for name, value in self._measured.items()}
+        out = {f"learn/{k}": float(v) for k, v in ((self._ended or self._metrics) | self._measured).items()}
         measure = getattr(self._algorithm, "held_out", None)  # those that plug in need not
         if measure and len(self._aside) >= BLOCK and len(self.replay):  # told next time: nothing waits for it
             for name, replay in (("held_out_loss", self._aside), ("seen_loss", self.replay)):
@@ -155,7 +154,7 @@ class Trainer:
 
     def policy_spec(self) -> dict[str, Any]:
         """The actor's layers, as the NumPy runtime takes them."""
-        return self._algorithm.policy_spec(self.agent, self.state)
+        return self._algorithm.policy_spec(self.agent, self._shapes())  # an actor may start before there is a state
 
     def expected(self, observations: np.ndarray, prev_actions: np.ndarray) -> np.ndarray:
         """(n, a) mean actions of the training runtime, to hold the frozen policy against."""
