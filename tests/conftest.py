@@ -9,16 +9,15 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib.util import find_spec
-
-import pytest
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 # (256,) - (256, 1) is otherwise a silent 256 x 256 loss; read by JAX when it is imported
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# a third of a test may go into optimising nets that are too small to gain from it
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # nothing is read from, or left in, the home of who runs the tests
 os.environ["HOME"] = _home = tempfile.mkdtemp(prefix="tether-home-")
@@ -72,12 +71,3 @@ def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
-
-
-@pytest.fixture(scope="module")
-def quick_compiles() -> Iterator[None]:
-    """Half the time of a test may go into optimising nets that are too small to gain from it."""
-    jax = pytest.importorskip("jax")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

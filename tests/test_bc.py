@@ -11,8 +11,6 @@ from tether.agents import bc  # noqa: E402
 
 from tests.reference import ACT, OBS, Adam, batches_of, body, dense, flat, moved, relative, same, window  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CASES = {
     "window": bc.Config(hidden=(16, 12), batch=8, utd=1, max_delta=0.3),
     "plain": bc.Config(hidden=(16, 12), batch=8, utd=2),

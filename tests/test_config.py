@@ -26,7 +26,7 @@ def test_full_is_rlpd_as_published():
 
 
 def test_cpu_differs_from_full_only_where_its_file_says_so():
-    full, cpu = config.load("full", "gym"), config.load("cpu", "gym")
+    full, cpu = config.load("full", "course"), config.load("cpu", "course")
     text = (config._SHIPPED / "cpu.toml").read_text()
     changed = {k for k in full.agent if full.agent[k] != cpu.agent[k]}
     assert "ensemble" in changed

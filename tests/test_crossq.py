@@ -12,8 +12,6 @@ from tether.agents import crossq  # noqa: E402
 from tests import reference  # noqa: E402
 from tests.reference import ACT, OBS, batches_of, flat, moved  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CFG = crossq.Config(
     hidden=(16, 12), actor_hidden=(14, 10), batch=8, max_delta=0.3, init_temperature=0.7, actor_every=1
 )

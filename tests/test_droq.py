@@ -8,8 +8,6 @@ from tether.agents import droq
 
 from tests import reference
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_losses_and_gradients_of_an_update_equal_numpy():
     cfg = droq.Config(

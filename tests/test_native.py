@@ -22,10 +22,9 @@ from tether.agents.native import NativeError  # noqa: E402
 from tests import reference  # noqa: E402
 from tests.reference import ACT, OBS, batches_of, flat, moved, relative  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compiles"),
-    pytest.mark.skipif(not any(map(shutil.which, native.COMPILERS)), reason=f"needs one of {native.COMPILERS}"),
-]
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, native.COMPILERS)), reason=f"needs one of {native.COMPILERS}"
+)
 
 # no size is a multiple of a vector, of a tile's rows or of its columns
 ODD = dict(hidden=(30, 17), batch=38, utd=1, tau=0.1)

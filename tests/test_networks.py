@@ -10,8 +10,6 @@ from tether.agents.networks import Actor, BatchNorm, Critics, dropout_mask  # no
 
 from tests import reference  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SHAPE = (4, 250, 256)  # members, batch, width
 
 

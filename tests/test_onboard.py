@@ -59,11 +59,7 @@ def test_act_is_the_formula(max_delta, sampled):
 
 @pytest.fixture
 def jax():
-    """JAX that does not spend its time on optimising nets too small to gain from it."""
-    jax = pytest.importorskip("jax")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield jax
-    jax.config.update("jax_disable_most_optimizations", False)
+    return pytest.importorskip("jax")
 
 
 @pytest.mark.parametrize("max_delta", [0.2, None])

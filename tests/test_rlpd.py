@@ -15,8 +15,6 @@ from tether.agents.replay import Replay, Strata, minibatches  # noqa: E402
 from tests import reference  # noqa: E402
 from tests.reference import ACT, OBS, batches_of  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CASES = {  # between them every switch is on and off
     "window": rlpd.Config(ensemble=3, hidden=(16, 12), batch=8, utd=1, max_delta=0.3, init_temperature=0.7),
     "plain": rlpd.Config(

@@ -10,8 +10,6 @@ from tether.launch.onboard import Policy  # noqa: E402
 
 from tests.reference import ACT, OBS, moved  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SHARE = "must lie between 0 and 1"
 COUNT = "must be at least 1"
 WIDTHS = "must be the widths of the layers"

@@ -19,14 +19,6 @@ CFG = rlpd.Config(ensemble=3, hidden=(8, 8), batch=4, utd=2)
 OBS, ACT = 3, 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Half the time of these tests would go into optimising nets that are too small to gain from it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def fresh(cfg=CFG, seed=0):
     return rlpd.init(cfg, jax.random.key(seed), OBS, ACT)
 

@@ -468,7 +468,6 @@ def test_the_share_of_an_episode_that_is_taken_over_is_its_own():
     assert shares[0] == pytest.approx(first) and 0.3 < first < 0.7
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_takeovers_that_a_learner_orders_are_in_both_of_its_strata(ideal, tmp_path, monkeypatch):
     pytest.importorskip("jax")
     from tether.launch.learner import Job, Learner

@@ -10,8 +10,6 @@ from tether.agents import xqc  # noqa: E402
 from tests import reference  # noqa: E402
 from tests.reference import ACT, OBS, batches_of, flat  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CFG = xqc.Config(hidden=(16, 12), batch=8, utd=2, atoms=11, reach=3.0, max_delta=0.3, init_temperature=0.7, tau=0.1)
 
 
