@@ -256,29 +256,30 @@ def grow(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
 def changed(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Keep learning: a run of dog-walk goes on with its snapshot and its records where the dog is laden, the ground
-    slippery or a motor weak; with the first seed the same from nothing."""
+    slippery or a motor weak, until it is as fast as the bar, for 10,000 steps at most; with the first seed the same
+    from nothing, which raises the bar where it comes to more than 0.9 of the old speed."""
     before = folder.parent.parent / "dog-walk" / f"seed-{seed}"
     old = kept(before / "run", seed, WALK_STEPS, "dog-walk")
     folder.mkdir(parents=True, exist_ok=True)
     out: dict[str, Any] = {"old_mps": old["speed_mps"]}
     on = "--from", before / "run", "--prior", before / "run"
+    met = {"go-on": True, "sim2real": True}
     for name, line in CHANGES.items():
-        task = folder / f"{name}.toml"
+        task, bar = folder / f"{name}.toml", 0.9 * old["speed_mps"]
         task.write_text(f"{(SHIPPED / 'dog-walk.toml').read_text()}\n[twin]\n{line}\n")
-        starts = {"go-on": on, "sim2real": (*on, "--preset", "cpu,sim2real")} | ({"nothing": ()} if seed == 0 else {})
         out[name] = {"at once": tether("eval", before / "run", "--task", task, "--episodes", 4, "--json")["speed_mps"]}
-        for start, given in starts.items():
-            run = folder / f"{name}-{start}"
-            half = kept(run, seed, CHANGED_STEPS // 2, task, *given, mark="-half")
-            whole = kept(run, seed, CHANGED_STEPS, task, *given)
+        if seed == 0:
+            out[name]["nothing"] = kept(folder / f"{name}-nothing", seed, CHANGED_STEPS, task)
+            bar = max(bar, out[name]["nothing"]["speed_mps"])
+        for start, preset in (("go-on", "cpu"), ("sim2real", "cpu,sim2real")):
+            run, given = folder / f"{name}-{start}", (*on, "--preset", preset)
             # walking pays as much at 0.5 m/s as at 1.0: it may be fast enough and slow down again
-            speeds = half["speed_mps"], whole["speed_mps"]
-            out[name][start] = whole | {"half_mps": speeds[0], "best_mps": max(speeds)}
-    bars = {n: max(0.9 * old["speed_mps"], out[n]["nothing"]["best_mps"] if seed == 0 else 0.0) for n in CHANGES}
-    good = {s: [out[n][s]["best_mps"] >= bars[n] and not out[n][s]["interventions"] for n in CHANGES]
-            for s in ("go-on", "sim2real")}  # fmt: skip
-    met = [start for start, each in good.items() if all(each)]
-    return out | {"met_by": met, "passed": bool(met)}
+            found = kept(run, seed, CHANGED_STEPS // 2, task, *given, mark="-half")
+            if found["speed_mps"] < bar:
+                found = kept(run, seed, CHANGED_STEPS, task, *given)
+            out[name][start] = found
+            met[start] &= found["speed_mps"] >= bar and not found["interventions"]
+    return out | {"met_by": [start for start in met if met[start]], "passed": any(met.values())}
 
 
 def circle(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
