@@ -81,5 +81,5 @@ def test_the_chain_runs_from_a_track_to_a_frozen_policy(tmp_path):
                 assert set(told["policy_ms"]) == {"p50", "p99", "max"}
                 assert set(told["lap_time_s"]) == {"median", "best", "all"}
         ran.append(name)
-    assert ran == ["course", "record", "course", "run", "eval", "report", "export", "drive", "python", "run", "run"]
+    assert ran == ["course", "record", "course", "run", "eval", "report", "export", "drive", "python", "run"]
     assert (tmp_path / "runs" / "first" / "report.html").is_file() and (tmp_path / "bundle" / "policy.json").is_file()
