@@ -107,6 +107,25 @@ def load(folder: str | os.PathLike[str], templates: Mapping[str, Any]) -> Snapsh
     return None
 
 
+def widened(narrow: Any, wide: Any, at: int) -> Any:
+    """A state of an agent that observes more, with all that one learned that observes less.
+
+    `narrow`: its state; `wide`: a fresh one; `at`: where what is new begins among the observed numbers. New inputs have
+    no weight yet, so that it acts and values as before.
+    """
+
+    def leaf(path: tuple[Any, ...], old: jax.Array, fresh: jax.Array) -> jax.Array:
+        if old.shape == fresh.shape:
+            return old
+        axis = [a == b for a, b in zip(old.shape, fresh.shape, strict=True)].index(False)
+        before, behind = jax.numpy.split(old, [at], axis)
+        new = jax.lax.slice_in_dim(fresh, at, at + fresh.shape[axis] - old.shape[axis], axis=axis)
+        weights = "kernel" in jax.tree_util.keystr(path)
+        return jax.numpy.concatenate([before, new * (0.0 if weights else 1.0), behind], axis)
+
+    return jax.tree_util.tree_map_with_path(leaf, narrow, wide)
+
+
 def _all(folder: Path) -> list[Path]:
     """Complete snapshots, newest first."""
     return sorted((p for p in folder.glob("[0-9]*") if p.name.isdigit()), key=lambda p: -int(p.name))

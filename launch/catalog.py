@@ -122,6 +122,17 @@ def check_actions(spec: TaskSpec, other: TaskSpec) -> None:
         raise TaskError(f"{spec.name}: in {other.name} an action is another command; same robot and [action], please")
 
 
+def check_start(spec: TaskSpec, other: TaskSpec) -> int:
+    """How many numbers `other` observes. Raise TaskError unless what was learned there can begin with `spec`: an action
+    means the same, and where `other` observes fewer these are the robot's channels and the previous action alone."""
+    check_actions(spec, other)
+    new, old = (make_task(one).observation_size for one in (spec, other))
+    channels, command = declaration(spec)
+    if old != new and old != sum(c.size for c in channels if c.observed) + command.size:
+        raise TaskError(f"{spec.name}: {other.name} observes what this task does not; start from a task of its kind")
+    return old
+
+
 def stream_meta(spec: TaskSpec) -> Meta:
     """What a new stream of records says of itself."""
     channels, command = declaration(spec)

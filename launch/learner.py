@@ -223,8 +223,8 @@ class Learner:
         cursor, warning = self.trainer.load(self.job.folder / "snapshots") if self.job.resume else ({}, "")
         if self.job.start and not cursor:
             before, facts = config.read(self.job.start)
-            catalog.check_actions(self.job.spec, catalog.spec_of(facts["task"], facts["name"]))
-            warning = self.trainer.start_from(Path(self.job.start) / "snapshots", before.algorithm)
+            observed = catalog.check_start(self.job.spec, catalog.spec_of(facts["task"], facts["name"]))
+            warning = self.trainer.start_from(Path(self.job.start) / "snapshots", before.algorithm, observed)
         if warning:
             self._warn(warning)
         expected = {}

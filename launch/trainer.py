@@ -184,15 +184,28 @@ class Trainer:
         """Take the policy that is to be evaluated and deployed; there is no training after this."""
         self.state = self._algorithm.frozen(self.state)
 
-    def start_from(self, folder: Path, algorithm: str) -> str:
+    def start_from(self, folder: Path, algorithm: str, observed: int) -> str:
         """Take the weights and the optimiser of another run's newest snapshot, of cloning the actor alone; returns a
-        warning or "". Raises SnapshotError."""
+        warning or "". Raises SnapshotError.
+
+        Of the `observed` numbers that it saw the last are the previous action, as here; what this task sees besides
+        comes before them (`snapshot.widened`).
+        """
+        fresh, actions = self.state, len(self.task.rest)
+        if narrow := observed < self.task.observation_size:
+            template = self._algorithm.init(self.agent, self._key, observed, actions)
+        else:
+            template = fresh
         cloned = algorithm == "bc" != self.config.algorithm
-        template = bc.State(*(getattr(self.state, name) for name in bc.State._fields)) if cloned else self.state
+        if cloned:
+            part = lambda state: bc.State(*(getattr(state, name) for name in bc.State._fields))  # noqa: E731
+            template, fresh = part(template), part(fresh)
         found = snapshot.load(folder, {"task": template})
         if found is None:
             raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
         new = found.states["task"]
+        if narrow:
+            new = snapshot.widened(new, fresh, observed - actions)
         self.state = self._placed(self.state._replace(actor=new.actor, average=new.average) if cloned else new)
         return found.warning
 

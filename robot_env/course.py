@@ -79,20 +79,19 @@ class Course:
         return np.concatenate(parts).astype(np.float32)
 
     def advance(self, progress: Progress, action: np.ndarray, reading: Reading) -> Outcome:
-        """FastRLAP's reward: for the speed towards the checkpoint, as the body has it (systems.md 1.4).
+        """The body's reward for going towards the checkpoint.
 
         Computed on the newer reading with the checkpoint that was pursued.
         """
         events: dict[str, float] = {}
         ahead, left, distance = self._to_goal(progress, reading)
-        speed_mps = float(reading.values["velocity"][:2] @ np.array([ahead, left]))
         trouble = self._body.trouble(progress.body, reading)
         if trouble:
             events[trouble] = 1.0
             progress.lap_clean = False
         if distance * GOAL_SCALE_M < self._radii[progress.goal]:
             self._reach(progress, reading, events)
-        reward, ended = self._body.reward(reading, speed_mps, trouble), trouble in self._body.terminal
+        reward, ended = self._body.reward(reading, ahead, left, trouble), trouble in self._body.terminal
         return Outcome(reward, ended, bool(trouble) and not ended, events, reset=bool(trouble))
 
     def recover(self, reading: Reading, outcome: Outcome) -> Recovery:

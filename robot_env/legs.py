@@ -14,6 +14,8 @@ from .track import Line
 
 TILT_RAD = math.radians(30.0)  # of roll or pitch: a fall (A Walk in the Park, systems.md 2.1)
 WANTED_MPS = 0.5
+STEER_RADPS = 1.0  # largest turning rate that is wanted; within it, so much a second as the goal is off in rad
+STEER_WEIGHT = 0.4  # of being off that by 1 rad/s, where walking is worth 1
 TUMBLE_S, KICK_S, LIE_S = 2.0, 0.4, 1.0
 
 
@@ -31,14 +33,15 @@ def near(value: float, low: float, high: float, margin: float) -> float:
     return max(0.0, 1.0 - max(low - value, value - high, 0.0) / margin)
 
 
-def walking(reading: Reading, speed_mps: float, wanted_mps: float) -> float:
-    """The reward of A Walk in the Park (run.py, systems.md 2.1), for a speed in the body frame: at most 10.
+def walking(reading: Reading, wanted_mps: float, wanted_radps: float = 0.0, turning: float = 0.1) -> float:
+    """The reward of A Walk in the Park (run.py, systems.md 2.1): for walking forward, at most 10, less for turning at
+    another rate than `wanted_radps`, with `turning` as its weight.
 
     Half of it is for standing still, so that it says little about walking.
     """
-    level = math.cos(tilt(reading.values["gravity"])[1]) * speed_mps
-    turning = abs(float(reading.values["gyro"][2]))
-    return 10.0 * (near(level, wanted_mps, 2.0 * wanted_mps, 2.0 * wanted_mps) - 0.1 * turning)
+    level = math.cos(tilt(reading.values["gravity"])[1]) * float(reading.values["velocity"][0])
+    off = abs(float(reading.values["gyro"][2]) - wanted_radps)
+    return 10.0 * (near(level, wanted_mps, 2.0 * wanted_mps, 2.0 * wanted_mps) - turning * off)
 
 
 class Legged:
@@ -58,9 +61,14 @@ class Legged:
         """"fall" or "": by gravity alone."""
         return "fall" if max(map(abs, tilt(reading.values["gravity"]))) > TILT_RAD else ""
 
-    def reward(self, reading: Reading, speed_mps: float, trouble: str) -> float:
-        """`walking`; what comes after a fall is worth nothing, which is enough."""
-        return walking(reading, speed_mps, WANTED_MPS)
+    def reward(self, reading: Reading, ahead: float, left: float, trouble: str) -> float:
+        """`walking`, and turning to where it shall go; what comes after a fall is worth nothing, which is enough.
+
+        Forward is always the body's own. Paid for its speed towards the goal it stood still for 14,000 steps: where
+        legs should go was another question in every direction.
+        """
+        steer = max(-STEER_RADPS, min(STEER_RADPS, math.atan2(left, ahead)))
+        return walking(reading, WANTED_MPS, steer, STEER_WEIGHT)
 
     def recover(self, trouble: Collection[str], line: Line | None, width_m: float) -> Recovery:
         """Get up from whatever pose."""

@@ -67,8 +67,10 @@ class Wheeled:
             memory.tipped = 0
         return found
 
-    def reward(self, reading: Reading, speed_mps: float, trouble: str) -> float:
-        """FastRLAP's: the speed, minus 10 for trouble and up to 5 for the force of a hit (systems.md 1.4)."""
+    def reward(self, reading: Reading, ahead: float, left: float, trouble: str) -> float:
+        """FastRLAP's: the speed towards (ahead, left), minus 10 for trouble and up to 5 for the force of a hit
+        (systems.md 1.4)."""
+        speed_mps = float(reading.values["velocity"][:2] @ np.array([ahead, left]))
         if not trouble:
             return speed_mps
         return speed_mps - (FAIL_PENALTY + min(max(float(reading.values["shock"][0]) / 5.0, 0.0), 5.0))

@@ -140,8 +140,8 @@ class Body(Protocol):
     def trouble(self, memory: Any, reading: Reading) -> str:
         """What is wrong with the robot, by name, or ""."""
 
-    def reward(self, reading: Reading, speed_mps: float, trouble: str) -> float:
-        """What a step is worth in which it had this speed in the wanted direction."""
+    def reward(self, reading: Reading, ahead: float, left: float, trouble: str) -> float:
+        """What a step is worth; (ahead, left) is the unit vector to where it shall go, in the body frame."""
 
     def recover(self, trouble: Collection[str], line: Line | None, width_m: float) -> Recovery:
         """The reset after this trouble; on a course, along its line with so much room."""

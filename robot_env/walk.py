@@ -76,7 +76,7 @@ class Walk:
             progress.torque = torque
             reward = striding(reading, self.spec.walk.speed_mps, self._pose, change)
         else:
-            reward = walking(reading, float(reading.values["velocity"][0]), self.spec.walk.speed_mps)
+            reward = walking(reading, self.spec.walk.speed_mps)
         return Outcome(reward, ended, bool(trouble) and not ended, {trouble: 1.0} if trouble else {}, bool(trouble))
 
     def recover(self, reading: Reading, outcome: Outcome) -> Recovery:

@@ -195,6 +195,20 @@ def test_who_starts_from_cloning_takes_its_actor_alone():
         jax.tree.map(np.testing.assert_array_equal, *critics)
 
 
+def test_a_course_begins_with_what_walking_taught():
+    specs = {name: catalog.load_spec(name) for name in ("dog-walk", "dog-course")}
+    walk, course = (Trainer(catalog.make_task(spec), settings(), seed) for seed, spec in enumerate(specs.values()))
+    walk.save(Path("run/snapshots"))
+    observed = catalog.check_start(specs["dog-course"], specs["dog-walk"])
+    assert course.start_from(Path("run/snapshots"), "rlpd", observed) == ""
+    rng, before = np.random.default_rng(0), np.zeros((5, 12), np.float32)
+    seen = rng.normal(size=(5, walk.task.observation_size)).astype(np.float32)
+    channels, action = np.split(seen, [-12], 1)
+    way = rng.normal(size=(5, course.task.observation_size - walk.task.observation_size)).astype(np.float32)
+    wide = np.concatenate([channels, way, action], 1)
+    np.testing.assert_allclose(course.expected(wide, before), walk.expected(seen, before), atol=1e-5)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_resumed_learner_has_the_weights_of_one_that_was_never_interrupted(damaged):
     """It trains again on what came after the snapshot it found, be it the newest or an older one."""

@@ -336,14 +336,15 @@ def test_a_twin_without_settings_takes_none():
 # --- on a course
 
 
-def test_on_a_course_it_is_paid_for_the_speed_towards_the_checkpoint_in_its_own_way():
+def test_on_a_course_it_is_paid_for_walking_forward_and_for_turning_to_the_checkpoint():
     task = catalog.make_task(parse(ROUND, "round"))
     assert isinstance(task, Course) and not task.from_rest
     progress = task.begin(reading(pose=(1.5, 0.0, 0.0)))
     assert progress.goal == 1
     for v, heading, turning, worth in (
-        ((0.5, 0, 0), 0.0, 0.0, 10.0), ((0.5, 0, 0), math.pi, 0.0, 0.0), ((0.5, 0, 0), math.pi / 2, 0.0, 5.0),
-        ((0.0, -0.5, 0), math.pi / 2, 1.0, 9.0), ((0.25, 0, 0), 0.0, 0.0, 7.5),
+        ((0.5, 0, 0), 0.0, 0.0, 10.0), ((0.25, 0, 0), 0.0, 0.0, 7.5), ((0.0, 0.5, 0), 0.0, 0.0, 5.0),
+        ((0.5, 0, 0), 0.25, -0.25, 10.0), ((0.5, 0, 0), 0.25, 0.25, 8.0),  # a radian a second for each radian off
+        ((0.5, 0, 0), math.pi / 2, -1.0, 10.0), ((0.5, 0, 0), math.pi / 2, 0.0, 6.0), ((0, 0, 0), 3.0, 0.0, 1.0),
     ):  # fmt: skip
         found = task.advance(progress, STILL, reading(v=v, pose=(1.5, 0, heading), gyro=(0, 0, turning)))
         assert found.reward == pytest.approx(worth, abs=1e-4) and not found.terminated
@@ -570,7 +571,9 @@ def test_recorded_actions_keep_their_meaning_in_another_box():
         catalog.check_actions(wide, narrow)
     with pytest.raises(TaskError, match="dog-walk: car-loop was trained on car; this task's robot is quadruped"):
         catalog.check_actions(narrow, load("car-loop"))
-    catalog.check_actions(narrow, load("dog-course"))
+    assert catalog.check_start(load("dog-course"), narrow) == 49  # channels and the previous action: it can go on
+    with pytest.raises(TaskError, match="dog-walk: dog-course observes what this task does not"):
+        catalog.check_start(narrow, load("dog-course"))
 
 
 def test_a_calf_that_is_always_bent_can_be_limited():
