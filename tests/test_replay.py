@@ -41,7 +41,7 @@ def step(number, kind="go", train=True, takeover=False):
     """A step whose numbers all tell which one it is. kind: go, terminated, truncated or close."""
     action = None if kind == "close" else np.float32([number / 2000, -number / 2000])
     return Step(
-        np.float32([number, -number, 1]), np.float32([number / 10, -number / 10]), action, number + 0.5,
+        np.float32([number, -number, 1]), np.float32([number / 1000, -number / 1000]), action, number + 0.5,
         kind == "terminated", kind == "truncated", train, takeover, {"camera": frame(number)},
     )  # fmt: skip
 
@@ -88,9 +88,9 @@ class Naive:
             at = self.successor(at)
         first, last = self.all[i][1], self.all[at][1]
         return {
-            "obs": first.obs, "action": first.action, "prev_action": first.prev_action.clip(-1, 1),
+            "obs": first.obs, "action": first.action, "prev_action": first.prev_action,
             "reward": reward, "discount": discount, "next_obs": last.obs,
-            "next_prev_action": last.prev_action.clip(-1, 1),
+            "next_prev_action": last.prev_action,
             "obs/camera": self.stack(i), "next_obs/camera": self.stack(at),
         }  # fmt: skip
 
