@@ -61,8 +61,9 @@ class Replay:
         return self._taken_over.count
 
     def add(self, stream: Hashable, step: Any) -> None:
-        """Append the next step of `stream`: something with obs (o,), prev_action (a,) executed before it, action (a,)
-        executed (None: the observation that ends a segment), reward, terminated, truncated, train, where a person drove takeover, and images ({name: uint8 array}) where this buffer takes some.
+        """Append the next step of `stream`: something with obs (o,), prev_action (a,) executed before it, within
+        [-1, 1], action (a,) executed (None: the observation that ends a segment), reward, terminated, truncated,
+        train, where a person drove takeover, and images ({name: uint8 array}) where this buffer takes some.
 
         A step becomes drawable when its successor arrives. After one that terminated or was truncated only
         a step without an action counts as its successor: the next episode's first observation is not.
@@ -135,7 +136,7 @@ class Replay:
             value = self._no_action if value is None and name == "action" else np.asarray(value, np.float32)
             if value.shape != rows.shape[1:]:
                 raise ReplayError(f"{name} has shape {value.shape}, this buffer takes {rows.shape[1:]}")
-            if not math.isfinite(sum(value.tolist())):  # in float64 none overflows; np.isfinite takes three times as long
+            if not math.isfinite(sum(value.tolist())):  # of float64: none overflows, and a third of the time
                 raise ReplayError(f"{name} {value} is not finite")
             found.append(value)
         if not math.isfinite(step.reward):

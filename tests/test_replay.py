@@ -1,7 +1,7 @@
 """The ring of steps against a naive list of episodes, whatever the streams, flags and capacity; strata and frames."""
 
 import tracemalloc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from zlib import crc32
 
@@ -466,7 +466,7 @@ def test_a_resumed_training_draws_what_an_uninterrupted_one_draws(trainer, recor
 
 
 def test_where_takeovers_are_the_reward_neither_run_nor_prior_data_have_another(trainer, records):
-    shown = [replace(record, source="teacher") for record in records]
+    shown = [record._replace(source="teacher") for record in records]
     made, plain = (trainer(*more, prior=[shown]) for more in (["learner.takeover_reward=-1"], []))
     rewards = []
     for training in (made, plain):
