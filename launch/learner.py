@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,20 +54,16 @@ class Journal:
     def __call__(self, meta: Meta, first_seq: int, payloads: list[bytes]) -> int:
         """Put records of one stream on the disk, as many as fit, and return how many; in the link's thread."""
         stored = 0
-        files: set[Path] = set()
         try:
             if meta.stream not in self._writers:
                 self._writers[meta.stream] = SegmentWriter(self._folder / meta.stream, meta)
-            for payload in payloads:
-                self._writers[meta.stream].append(first_seq + stored, payload)
-                files.add(self._writers[meta.stream].path)
-                stored += 1
+            writer = self._writers[meta.stream]
+            while stored < len(payloads):  # mostly once: the segment may be full
+                stored += writer.extend(first_seq + stored, payloads[stored:])
+                writer.sync()
             self.trouble = ""
         except RecordError as error:
             self.trouble = str(error)
-        for path in files:  # the batch may have begun in the segment before
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())  # survives a loss of power
         return stored
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ class Trainer:
         """Put a stream's sample where it belongs: some blocks of steps are held out from training."""
         every, block = self.config.learner.held_out, step // BLOCK
         held = every > 0 and block % every == every - 1
-        self.replay.add(stream, replace(sample, train=False) if held else sample)
+        self.replay.add(stream, sample._replace(train=False) if held else sample)
         if held:
             self._aside.add((*stream, block), sample)
         elif every and block and block % every == 0 and step % BLOCK == 0:  # successor of the last one held

@@ -28,6 +28,7 @@ from .spool import Spool
 from .wire import Malformed, Message, Params, VersionError, WireError
 
 WINDOW = 256  # records sent and not acknowledged
+STORE_S = 2 * GATHER_S  # from one storing of records to the next, while the learner has others to learn from
 GO_BACK_S = 1.0
 BEAT_S = 0.5  # between two STATUS, or two HELLO
 SILENT_S = 2.0  # without an answer until an actor tries another connection
@@ -144,7 +145,7 @@ class LearnerLink:
     def _turn(self) -> bool | None:
         closing = self._pump.end_by < math.inf  # what was due before is sent below
         if closing or not self._queue or time.monotonic() >= self._store_at:
-            self._came, self._store_at = 0, time.monotonic() + GATHER_S
+            self._came, self._store_at = 0, time.monotonic() + STORE_S
             for stream in self._streams.values():
                 if stream.came and stream.meta:
                     self._store(stream, stream.meta)
@@ -178,7 +179,7 @@ class LearnerLink:
         elif stream is None or stream.meta is None or stream.route != route:
             self._send(route, "REFUSE")
         else:
-            stream.seen, stream.told = time.monotonic(), None
+            stream.seen = time.monotonic()
             self._on_message(stream, stream.meta, message)
 
     def _on_hello(self, route: bytes, message: Message) -> None:
@@ -206,6 +207,8 @@ class LearnerLink:
 
     def _on_message(self, stream: Stream, meta: Meta, message: Message) -> None:
         fields = message.fields
+        if message.kind != "WANT":  # which WEIGHTS answers
+            stream.told = None
         if message.kind == "DATA":
             self._on_data(stream, meta, fields["seq"], wire.unpack_records(message.body))
         elif message.kind == "STATUS":
@@ -368,7 +371,7 @@ class ActorLink:
         if self._sent < spool.first or now - self._progress_at > GO_BACK_S:
             self._sent, self._progress_at = spool.first - 1, now
         batch = spool.batch(self._sent + 1) if self._sent + 1 - spool.first < WINDOW else []
-        under_way = self._sent >= spool.first and now - self._sent_at < GATHER_S
+        under_way = self._sent >= spool.first and now - self._sent_at < STORE_S
         if under_way and self._sent + len(batch) + 1 == spool.next_seq and self._pump.end_by == math.inf:
             return False  # the last ones wait for more, or until those before are acknowledged
         if not batch or not self._send("DATA", msgpack.packb(batch), seq=self._sent + 1):

@@ -48,7 +48,7 @@ MESSAGES = {
     # body: 1 to 32 records, the first of them number seq
     "DATA": ("actor", "stream:stream seq:count"),
     # all up to seq is stored; the actor may reach step run_until; the newest weights (0: none); stop: why to end
-    # cleanly (it may only make the robot safer), or empty. Answers every message but HELLO
+    # cleanly (it may only make the robot safer), or empty. Answers DATA and STATUS
     "ACK": ("learner", "seq:count run_until:count weights:count stop:text"),
     # twice a second, and when weights were taken or refused (why); state: run or closed
     "STATUS": ("actor", "stream:stream state:text spool:count weights:count refused:text stats:numbers"),

@@ -43,7 +43,7 @@ def translated(meta: Meta, records: list[Record], command: Command) -> list[Reco
         return records
     theirs = replace(command, action_low=ends[0], action_high=ends[1])
     return [
-        r if r.action is None else replace(r, action=command.to_action(theirs.to_command(r.action))) for r in records
+        r if r.action is None else r._replace(action=command.to_action(theirs.to_command(r.action))) for r in records
     ]
 
 

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -69,8 +69,7 @@ class RecordError(RuntimeError):
     """A record or a file of records that cannot be used: names the file, the cause and the remedy."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One control step: what was read, what was done on it, and what came of that."""
 
     seq: int  # 1, 2, ... within its stream
@@ -186,7 +185,7 @@ def decode(payload: bytes) -> Record:
                 raise ValueError("a channel of the wrong type")
             reading.values[name], reading.stamps[name] = _floats(values), stamp
         executed = None if action is None else _floats(action)
-        if executed is not None and not (0 < len(executed) <= MAX_ITEMS and all(map(math.isfinite, executed.tolist()))):
+        if executed is not None and not (0 < len(executed) <= MAX_ITEMS and math.isfinite(sum(executed.tolist()))):
             raise ValueError("an action that is empty, too long or not finite")
         ended = bool(flags & 1), bool(flags & 2)
         return Record(seq, time, reading, executed, reward, *ended, SOURCES[source], version, events)
@@ -209,18 +208,34 @@ class SegmentWriter:
 
     def __init__(self, folder: str | Path, meta: Meta) -> None:
         self.folder, self.meta = Path(folder), meta
+        self._stream = bytes.fromhex(meta.stream)
         self._open()
 
     def append(self, seq: int, payload: bytes) -> None:
         """Write one record: its number and what `encode` made of it."""
+        self.extend(seq, [payload])
+
+    def extend(self, first: int, payloads: Sequence[bytes]) -> int:
+        """Write records, number `first` and on, by one call of the system: as many as the segment takes, at least
+        one. Returns how many; raises RecordError where not all of these could be written, and then none is."""
         if self._count >= SEGMENT_RECORDS or self._size >= SEGMENT_BYTES:
             former = self._file
             self._open()
             former.close()
-        if not self._size:
-            self._write(_META, 0, self.meta.to_json())
-        self._write(_RECORD, seq, payload)
-        self._count += 1
+        frames = [] if self._size else [self._frame(_META, 0, self.meta.to_json())]
+        size, count = self._size, 0
+        for payload in payloads[: SEGMENT_RECORDS - self._count]:
+            if size >= SEGMENT_BYTES:
+                break
+            frames.append(self._frame(_RECORD, first + count, payload))
+            size, count = size + len(frames[-1]), count + 1
+        self._write(first, b"".join(frames))
+        self._count += count
+        return count
+
+    def sync(self) -> None:
+        """Let what was written last survive a loss of power."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Let go of the file. Idempotent."""
@@ -236,18 +251,20 @@ class SegmentWriter:
             raise RecordError(f"{self.folder} cannot be written: {error.strerror}; choose another") from None
         self.path, self._count, self._size = path, 0, 0  # of the segment that grows
 
-    def _write(self, kind: int, seq: int, payload: bytes) -> None:
-        head = _HEAD.pack(_MAGIC, kind, bytes.fromhex(self.meta.stream), seq, len(payload), 0)
+    def _frame(self, kind: int, seq: int, payload: bytes) -> bytes:
+        head = _HEAD.pack(_MAGIC, kind, self._stream, seq, len(payload), 0)
         crc = zlib.crc32(payload, zlib.crc32(head[4:_CRC_AT]))
-        frame = head[:_CRC_AT] + crc.to_bytes(4, "little") + payload
+        return head[:_CRC_AT] + crc.to_bytes(4, "little") + payload
+
+    def _write(self, seq: int, frames: bytes) -> None:
         try:
-            if self._file.write(frame) != len(frame):
+            if self._file.write(frames) != len(frames):
                 raise OSError(errno.ENOSPC, "the disk is full")
         except OSError as error:
             os.ftruncate(self._file.fileno(), self._size)  # leave whole frames only
             cause = f"was not written: {error.strerror}"
             raise RecordError(f"{self.folder}: record {seq} {cause}; make room and try again") from None
-        self._size += len(frame)
+        self._size += len(frames)
 
 
 def _complain(line: str) -> None:

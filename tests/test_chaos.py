@@ -85,7 +85,7 @@ def test_the_checker_finds_an_altered_record(tmp_path):
 def test_what_is_acknowledged_was_synced_in_every_segment_it_lies_in(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "SEGMENT_RECORDS", 10)
     synced = set()
-    monkeypatch.setattr(learner.os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
     journal = learner.Journal(tmp_path)
     assert journal(ends.SPEC, 1, rows(25)) == 25
     journal.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -371,7 +370,7 @@ def test_what_was_held_out_is_measured_as_what_was_trained_on_is(monkeypatch):
 def test_where_all_that_was_trained_on_was_a_reset_nothing_is_compared(monkeypatch):
     monkeypatch.setattr(trainer_module, "BLOCK", 5)
     block = range(6, 11)  # the one that is held out
-    records = [r if r.seq in block else replace(r, source="reset") for r in drive(11)]
+    records = [r if r.seq in block else r._replace(source="reset") for r in drive(11)]
     one = trained(records, "learner.held_out=2")
     assert len(one._aside) >= 5 and not len(one.replay)
     assert one.metrics()["learn/updates"] == 0

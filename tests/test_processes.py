@@ -497,7 +497,7 @@ def test_half_of_every_minibatch_is_prior_data():
     def marked(record: Record) -> Record:
         reading = record.reading
         values = reading.values | {"accel": np.array([mark, 0.0, 9.81], np.float32)}
-        return replace(record, reading=replace(reading, values=values))
+        return record._replace(reading=replace(reading, values=values))
 
     one = trainer([[marked(r) for r in drive(60, 2)]])
     algorithm, shares = one._algorithm, []

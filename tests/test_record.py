@@ -62,7 +62,7 @@ def same(a, b):
             else:
                 assert y[name].dtype == np.float32
                 np.testing.assert_array_equal(np.asarray(value, np.float32), y[name])
-    plain = [replace(r, reading=Reading({}, r.reading.stamps), action=None) for r in (a, b)]
+    plain = [r._replace(reading=Reading({}, r.reading.stamps), action=None) for r in (a, b)]
     assert plain[0] == plain[1]
     return True
 
@@ -104,8 +104,8 @@ def test_round_trip_is_exact(
 def test_numpy_scalars_and_float64_readings_are_taken():
     record = make(1)
     reading = Reading({"pose": np.zeros(4)}, {"pose": np.float64(0.5)})
-    odd = replace(
-        record, reading=reading, reward=np.float32(0.5), terminated=np.bool_(True),
+    odd = record._replace(
+        reading=reading, reward=np.float32(0.5), terminated=np.bool_(True),
         events={"x": np.float32(1)},
     )
     back = decode(encode(odd))
@@ -122,7 +122,7 @@ def test_numpy_scalars_and_float64_readings_are_taken():
 )
 def test_encode_refuses_what_decode_would(changes):
     with pytest.raises(RecordError, match="malformed record"):
-        encode(replace(make(1), **changes))
+        encode(make(1)._replace(**changes))
 
 
 def rows():
@@ -234,7 +234,7 @@ def test_a_flipped_byte_loses_only_its_record_and_is_named(tmp_path):
 
 def test_a_magic_inside_a_record_is_no_frame(tmp_path):
     writer = SegmentWriter(tmp_path, meta(task="TTHR" * 9))
-    add(writer, replace(make(1), events={"TTHR" * 9: 1.0}))
+    add(writer, make(1)._replace(events={"TTHR" * 9: 1.0}))
     writer.close()
     found, records = read_recording(tmp_path, pytest.fail)
     assert found.task == "TTHR" * 9 and len(records) == 1

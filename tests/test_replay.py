@@ -1,7 +1,7 @@
 """The ring of steps against a naive list of episodes, whatever the streams, flags and capacity; strata and frames."""
 
 import tracemalloc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from zlib import crc32
 
@@ -41,7 +41,7 @@ def step(number, kind="go", train=True, takeover=False):
     """A step whose numbers all tell which one it is. kind: go, terminated, truncated or close."""
     action = None if kind == "close" else np.float32([number / 2000, -number / 2000])
     return Step(
-        np.float32([number, -number, 1]), np.float32([number / 10, -number / 10]), action, number + 0.5,
+        np.float32([number, -number, 1]), np.float32([number / 1000, -number / 1000]), action, number + 0.5,
         kind == "terminated", kind == "truncated", train, takeover, {"camera": frame(number)},
     )  # fmt: skip
 
@@ -88,9 +88,9 @@ class Naive:
             at = self.successor(at)
         first, last = self.all[i][1], self.all[at][1]
         return {
-            "obs": first.obs, "action": first.action, "prev_action": first.prev_action.clip(-1, 1),
+            "obs": first.obs, "action": first.action, "prev_action": first.prev_action,
             "reward": reward, "discount": discount, "next_obs": last.obs,
-            "next_prev_action": last.prev_action.clip(-1, 1),
+            "next_prev_action": last.prev_action,
             "obs/camera": self.stack(i), "next_obs/camera": self.stack(at),
         }  # fmt: skip
 
@@ -466,7 +466,7 @@ def test_a_resumed_training_draws_what_an_uninterrupted_one_draws(trainer, recor
 
 
 def test_where_takeovers_are_the_reward_neither_run_nor_prior_data_have_another(trainer, records):
-    shown = [replace(record, source="teacher") for record in records]
+    shown = [record._replace(source="teacher") for record in records]
     made, plain = (trainer(*more, prior=[shown]) for more in (["learner.takeover_reward=-1"], []))
     rewards = []
     for training in (made, plain):

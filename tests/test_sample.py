@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from tether.drivers.fake import Fake
@@ -122,7 +120,7 @@ def test_a_step_on_which_the_gate_held_the_robot_is_not_trained_on():
         fold, trained = Fold(made), set()
         for record in records:
             action = None if record.action is None else 0 * record.action
-            for sample in fold.push(replace(record, source="policy", events={name: 1.0}, action=action)):
+            for sample in fold.push(record._replace(source="policy", events={name: 1.0}, action=action)):
                 trained |= set() if action is None else {sample.train}
         found[name] = trained
     assert found == {"gate_hold": {False}, "gate_stale_pose": {False}, "gate_rate": {True}, "gate_limit": {True}}
@@ -134,7 +132,7 @@ def test_a_step_on_which_the_gate_held_the_robot_is_not_trained_on():
 def test_who_is_learned_from(source, trained):
     made, records = recording(HERE, 20)
     record = next(r for r in records if r.action is not None and (np.abs(r.action) <= 1).all())
-    assert Fold(made).push(replace(record, source=source))[0].train is trained
+    assert Fold(made).push(record._replace(source=source))[0].train is trained
 
 
 # --- takeovers as the reward (RLIF)
@@ -146,7 +144,7 @@ def driven_by(records: list, seed: int = 3) -> list:
     for record in records:
         if rng.random() < 0.3:
             source = "takeover" if source == "policy" else "policy"
-        found.append(record if record.source == "reset" else replace(record, source=source))
+        found.append(record if record.source == "reset" else record._replace(source=source))
     steps = [r.action is not None and r.source for r in found]
     return found, [now == "policy" and then == "takeover" for now, then in zip(steps, [*steps[1:], ""], strict=True)]
 
@@ -163,7 +161,7 @@ def test_only_the_step_before_a_takeover_begins_is_paid_for(relabel):
     plain, paid = (rewarded(made, records, reward, relabel) for reward in (None, -2.0))
     assert len(paid) == len(plain)
     for a, b in zip(plain, paid, strict=True):  # all else stays as it is, terminations too
-        same = replace(b, reward=a.reward, obs=a.obs, prev_action=a.prev_action, action=a.action)
+        same = b._replace(reward=a.reward, obs=a.obs, prev_action=a.prev_action, action=a.action)
         assert a == same and (a.obs == b.obs).all() and (a.prev_action == b.prev_action).all()
         assert (a.action is None and b.action is None) or (a.action == b.action).all()
     found = [sample.reward for sample in rows(paid)]
@@ -174,7 +172,7 @@ def test_only_the_step_before_a_takeover_begins_is_paid_for(relabel):
 
 def test_a_takeover_from_the_first_step_on_is_not_paid_for_by_the_episode_before():
     made, records = recording(HERE, 100)
-    records = [replace(r, source="takeover") if r.source == "teacher" else r for r in records]
+    records = [r._replace(source="takeover") if r.source == "teacher" else r for r in records]
     assert any(r.action is None for r in records[:-1])
     assert {s.reward for s in rows(rewarded(made, records, -1.0))} == {0.0}
 

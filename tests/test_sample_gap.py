@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from tether.agents.replay import Replay
@@ -50,7 +48,7 @@ def batch_of(lost):
         if record.seq in lost:
             continue
         for sample in fold.push(record):
-            sample = replace(sample, obs=np.append(sample.obs, record.seq))
+            sample = sample._replace(obs=np.append(sample.obs, record.seq))
             if replay is None:
                 replay = Replay(99, len(sample.obs), 2)
             replay.add(sample.part, sample)

@@ -560,7 +560,7 @@ def test_recorded_actions_keep_their_meaning_in_another_box():
     narrow, wide = load("dog-walk"), load("dog-run")
     meta, command = catalog.stream_meta(narrow), catalog.declaration(wide)[1]
     _, records, _ = walked(Puppet(), WALK, 5)
-    records[-2] = replace(records[-2], action=np.linspace(-1, 1, 12, dtype=np.float32))
+    records[-2] = records[-2]._replace(action=np.linspace(-1, 1, 12, dtype=np.float32))
     again = fit.translated(meta, records, command)
     assert [r.action is None for r in again] == [r.action is None for r in records]
     for old, new in zip(records, again, strict=True):

@@ -28,8 +28,8 @@ import numpy as np
 
 OBS, ACT, HZ = 48, 12, 50.0
 EPISODE = 1000  # steps
-SAC = ["agent.ensemble=2", "agent.subset=2", "agent.utd=20", "agent.batch=256", "agent.hidden=[256,256]",
-       "learner.publish_every=1", "learner.max_lead=20"]  # fmt: skip
+SAC = ["agent.algorithm=rlpd", "agent.ensemble=2", "agent.subset=2", "agent.utd=20", "agent.batch=256",
+       "agent.hidden=[256,256]", "learner.publish_every=1", "learner.max_lead=20"]  # fmt: skip
 ACTORS = 16
 STOPPED_S = 0.5  # a load that is so late was stopped
 
