@@ -115,13 +115,13 @@ def widened(narrow: Any, wide: Any, at: int) -> Any:
     """
 
     def leaf(path: tuple[Any, ...], old: jax.Array, fresh: jax.Array) -> jax.Array:
-        if old.shape == fresh.shape:
-            return old
-        axis = [a == b for a, b in zip(old.shape, fresh.shape, strict=True)].index(False)
-        before, behind = jax.numpy.split(old, [at], axis)
-        new = jax.lax.slice_in_dim(fresh, at, at + fresh.shape[axis] - old.shape[axis], axis=axis)
-        weights = "kernel" in jax.tree_util.keystr(path)
-        return jax.numpy.concatenate([before, new * (0.0 if weights else 1.0), behind], axis)
+        for axis, (size, more) in enumerate(zip(old.shape, fresh.shape, strict=True)):
+            if size < more:
+                new = jax.lax.slice_in_dim(fresh, at, at + more - size, axis=axis)
+                new *= "kernel" not in jax.tree_util.keystr(path)
+                before, behind = jax.numpy.split(old, [at], axis)
+                old = jax.numpy.concatenate([before, new, behind], axis)
+        return old
 
     return jax.tree_util.tree_map_with_path(leaf, narrow, wide)
 

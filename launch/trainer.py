@@ -190,22 +190,17 @@ class Trainer:
         Of the `observed` numbers that it saw the last are the previous action, as here; what this task sees besides
         comes before them (`snapshot.widened`).
         """
-        fresh, actions = self.state, len(self.task.rest)
-        if narrow := observed < self.task.observation_size:
+        actions, template = len(self.task.rest), self.state
+        if observed < self.task.observation_size:
             template = self._algorithm.init(self.agent, self._key, observed, actions)
-        else:
-            template = fresh
-        cloned = algorithm == "bc" != self.config.algorithm
-        if cloned:
-            part = lambda state: bc.State(*(getattr(state, name) for name in bc.State._fields))  # noqa: E731
-            template, fresh = part(template), part(fresh)
+        if cloned := algorithm == "bc" != self.config.algorithm:
+            template = bc.State(*(getattr(template, name) for name in bc.State._fields))
         found = snapshot.load(folder, {"task": template})
         if found is None:
             raise snapshot.SnapshotError(f"{folder}: no snapshot to start from")
-        new = found.states["task"]
-        if narrow:
-            new = snapshot.widened(new, fresh, observed - actions)
-        self.state = self._placed(self.state._replace(actor=new.actor, average=new.average) if cloned else new)
+        taken = ("actor", "average") if cloned else self.state._fields
+        old, fresh = ({name: getattr(state, name) for name in taken} for state in (found.states["task"], self.state))
+        self.state = self._placed(self.state._replace(**snapshot.widened(old, fresh, observed - actions)))
         return found.warning
 
     def _placed(self, state: Any) -> Any:
