@@ -4,6 +4,7 @@
 // hold the two against each other. Members are spread over the processors this process may use.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -157,16 +158,15 @@ struct Room {
 
 // A layer behind its product z, R rows of it: bias, dropout, norm, ReLU. `element`: number of the first.
 template <int R, bool NORM, bool DROPOUT>
-static void finish(const Shape& s, const float* bias, const float* gain, const float* shift, const uint32_t* words,
-                   uint32_t element, int w, float* __restrict z, float* __restrict n, float* __restrict inverse) {
-  const uint32_t dropped = s.dropped;
-  const float kept = s.kept;
+static void finish(const Shape& s, float* const* leaf, const uint32_t* words, uint32_t element, int w,
+                   float* __restrict z, float* __restrict n, float* __restrict inverse) {
+  const float *bias = leaf[1], *gain = leaf[2], *shift = leaf[3];  // the latter two only with a norm
   float mean[R] = {}, scale[R] = {};
 #pragma GCC ivdep
   for (int j = 0; j < w; ++j)
     for (int i = 0; i < R; ++i) {
       float v = z[i * w + j] + bias[j];
-      if (DROPOUT) v *= mask(element + i * w + j, words, dropped, kept);
+      if (DROPOUT) v *= mask(element + i * w + j, words, s.dropped, s.kept);
       mean[i] += v, z[i * w + j] = !NORM && v < 0 ? 0 : v;
     }
   if (!NORM) return;
@@ -192,17 +192,16 @@ static void forward(Room& room, const Shape& s, const Leaves& p, int per_layer, 
   int in = s.in;
   for (int i = 0; i < s.layers; ++i) {
     const int w = s.width[i];
-    const float *bias = p[per_layer * i + 1], *gain = s.norm ? p[per_layer * i + 2] : nullptr,
-                *shift = s.norm ? p[per_layer * i + 3] : nullptr;
+    float* const* leaf = &p[per_layer * i];
     float *z = room.out[i].data(), *n = room.normed[i].data(), *inverse = room.inverse[i].data();
-    pack(p[per_layer * i], false, w, in, room.packed.data());
+    pack(leaf[0], false, w, in, room.packed.data());
     for (int first = 0; first < s.batch; first += BLOCK) {
       const int rows = std::min(BLOCK, s.batch - first);
       multiply(x + size_t(first) * in, in, 1, room.packed.data(), z + size_t(first) * w, rows, w, in);
       by_four(s, first, rows, [&](auto R, auto norm, auto dropout, int r) {
         const size_t at = size_t(r) * w;
         const uint32_t element = (uint32_t(position) * s.batch + r) * uint32_t(w);
-        finish<R, norm, dropout>(s, bias, gain, shift, words + 2 * i, element, w, z + at, n + at, inverse + r);
+        finish<R, norm, dropout>(s, leaf, words + 2 * i, element, w, z + at, n + at, inverse + r);
       });
     }
     x = z, in = w;
@@ -218,13 +217,12 @@ static void forward(Room& room, const Shape& s, const Leaves& p, int per_layer, 
 }
 
 // Back through ReLU, norm and dropout of a layer, R rows of it: d, the derivative of what comes out, becomes that of
-// the product; db, dgain and dshift are added to.
+// the product; gradients are added to.
 template <int R, bool NORM, bool DROPOUT>
-static void undo(const Shape& s, const float* gain, const uint32_t* words, uint32_t element, int w,
+static void undo(const Shape& s, const float* gain, float* const* grad, const uint32_t* words, uint32_t element, int w,
                  const float* __restrict out, const float* __restrict n, const float* __restrict inverse,
-                 float* __restrict d, float* __restrict db, float* __restrict dgain, float* __restrict dshift) {
-  const uint32_t dropped = s.dropped;
-  const float kept = s.kept;
+                 float* __restrict d) {
+  float *__restrict db = grad[1], *__restrict dgain = grad[2], *__restrict dshift = grad[3];  // as in `finish`
   float mean[R] = {}, part[R] = {}, scale[R];
 #pragma GCC ivdep
   for (int j = 0; j < w; ++j) {
@@ -248,7 +246,7 @@ static void undo(const Shape& s, const float* gain, const uint32_t* words, uint3
     for (int i = 0; i < R; ++i) {
       float v = d[i * w + j];
       if (NORM) v = scale[i] * (v - mean[i] - n[i * w + j] * part[i]);
-      if (DROPOUT) v *= mask(element + i * w + j, words, dropped, kept);
+      if (DROPOUT) v *= mask(element + i * w + j, words, s.dropped, s.kept);
       a += v, d[i * w + j] = v;
     }
     db[j] += a;
@@ -281,24 +279,22 @@ static void backward(Room& room, const Shape& s, const Leaves& p, const Leaves& 
     begin<R>(p[value], dq + r, last, room.out.back().data() + at, d + at, g[value], g[value + 1]);
   });
   for (int i = s.layers - 1; i >= 0; --i) {
-    const int w = s.width[i], in = i ? s.width[i - 1] : s.in, leaf = per_layer * i;
+    const int w = s.width[i], in = i ? s.width[i - 1] : s.in;
+    float *const *leaf = &p[per_layer * i], *const *grad = &g[per_layer * i];
     const float *out = room.out[i].data(), *n = room.normed[i].data(), *inverse = room.inverse[i].data();
-    const float* gain = s.norm ? p[leaf + 2] : nullptr;
-    float *db = g[leaf + 1], *dgain = s.norm ? g[leaf + 2] : nullptr, *dshift = s.norm ? g[leaf + 3] : nullptr;
-    for (int l = 1; l < per_layer; ++l) std::fill(g[leaf + l], g[leaf + l] + w, 0.0f);
-    if (i) pack(p[leaf], true, in, w, packed);
+    for (int l = 1; l < per_layer; ++l) std::fill(grad[l], grad[l] + w, 0.0f);
+    if (i) pack(leaf[0], true, in, w, packed);
     for (int first = 0; first < s.batch; first += BLOCK) {
       const int rows = std::min(BLOCK, s.batch - first);
       by_four(s, first, rows, [&](auto R, auto norm, auto dropout, int r) {
         const size_t at = size_t(r) * w;
         const uint32_t element = (uint32_t(position) * s.batch + r) * uint32_t(w);
-        undo<R, norm, dropout>(s, gain, words + 2 * i, element, w, out + at, n + at, inverse + r, d + at, db, dgain,
-                               dshift);
+        undo<R, norm, dropout>(s, leaf[2], grad, words + 2 * i, element, w, out + at, n + at, inverse + r, d + at);
       });
       if (i) multiply(d + size_t(first) * w, w, 1, packed, below + size_t(first) * in, rows, in, w);
     }
     pack(d, false, w, s.batch, packed);
-    multiply(i ? room.out[i - 1].data() : x, 1, in, packed, g[leaf], in, w, s.batch);
+    multiply(i ? room.out[i - 1].data() : x, 1, in, packed, grad[0], in, w, s.batch);
     std::swap(d, below);
   }
 }
@@ -330,20 +326,24 @@ class Barrier {
  public:
   explicit Barrier(int n) : n_(n), left_(n) {}
   void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
     const int round = round_;
     if (--left_ == 0) {
-      left_ = n_, ++round_;
-      all_.notify_all();
-      return;
+      left_ = n_;
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++round_;
+      return all_.notify_all();
     }
+    for (int i = 0; i < 20000; ++i)  // some 30 us: to fall asleep and be woken takes longer
+      if (round_ != round) return;
+    std::unique_lock<std::mutex> lock(mutex_);
     all_.wait(lock, [&] { return round_ != round; });
   }
 
  private:
   std::mutex mutex_;
   std::condition_variable all_;
-  int n_, left_, round_ = 0;
+  const int n_;
+  std::atomic<int> left_, round_{0};
 };
 
 static int processors() {
@@ -443,8 +443,8 @@ static ffi::Error Update(F32 x, F32 next, F32 reward, F32 discount, F32 bonus, f
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tether_update, Update,
                               ffi::Ffi::Bind()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::U32>>().Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs().RemainingRets()
+                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().RemainingArgs().RemainingRets()
                                   .Attr<bool>("norm").Attr<uint32_t>("dropped").Attr<float>("kept").Attr<float>("lr")
                                   .Attr<float>("b1").Attr<float>("b2").Attr<float>("eps").Attr<float>("tau")
                                   .Attr<float>("epsilon"));
