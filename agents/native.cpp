@@ -9,10 +9,10 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <mutex>
 #include <sched.h>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__SSE__)
@@ -31,20 +31,12 @@ constexpr int W = 8, ROWS = 6;
 constexpr int W = 4, ROWS = 6;
 #endif
 constexpr int COLS = 2 * W;  // columns of a tile
+constexpr int BLOCK = 4 * ROWS;  // rows that go through a layer at a time: what is made is used while in the cache
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef float Loose __attribute__((vector_size(4 * W), aligned(4)));  // anywhere in memory
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
-
-// What one thread needs for a while: room for a packed matrix, and for the activations of one member.
-struct Room {
-  std::vector<float> packed, activations;
-  float* pack(size_t n) {
-    if (packed.size() < n) packed.resize(n);
-    return packed.data();
-  }
-};
 
 // c (m, n) = a b with the tile a (R rows), b packed in strips of COLS columns; row i of a is at a + i * down,
 // its element k at + k * along.
@@ -61,6 +53,7 @@ static inline void tile(const float* a, size_t down, size_t along, const float* 
       high[i] += s * y;
     }
   }
+#pragma GCC unroll 12
   for (int i = 0; i < R; ++i) {
     float* row = c + i * width;
     if (columns >= COLS) {
@@ -84,26 +77,30 @@ static void rest(int rows, const float* a, size_t down, size_t along, const floa
   }
 }
 
-// c (m, n) = op(a) op(b), row-major; op transposes where asked: a is then (k, m), b (n, k).
-static void product(Room& room, const float* a, bool ta, const float* b, bool tb, float* c, int m, int n, int k) {
-  const int strips = (n + COLS - 1) / COLS;
-  float* packed = room.pack(size_t(strips) * COLS * k);
-  for (int j = 0; j < strips; ++j) {
-    const int columns = std::min(COLS, n - j * COLS);
-    float* strip = packed + size_t(j) * COLS * k;
-    for (int p = 0; p < k; ++p, strip += COLS) {
-      for (int q = 0; q < columns; ++q) strip[q] = tb ? b[size_t(j * COLS + q) * k + p] : b[size_t(p) * n + j * COLS + q];
-      for (int q = columns; q < COLS; ++q) strip[q] = 0;
+// b (k, n) in strips of COLS columns, for `multiply`; with `transposed` b is (n, k).
+static void pack(const float* b, bool transposed, int n, int k, float* strip) {
+  for (int j = 0; j < n; j += COLS, strip += size_t(COLS) * k) {
+    const int columns = std::min(COLS, n - j);
+    if (columns < COLS) std::fill(strip, strip + size_t(COLS) * k, 0.0f);
+    if (transposed) {
+      for (int q = 0; q < columns; ++q)
+        for (int p = 0; p < k; ++p) strip[p * COLS + q] = b[size_t(j + q) * k + p];
+    } else {
+      const auto copy = [&](size_t size) {  // a constant one becomes two loads and stores
+        for (int p = 0; p < k; ++p) std::memcpy(strip + p * COLS, b + size_t(p) * n + j, sizeof(float) * size);
+      };
+      columns == COLS ? copy(COLS) : copy(columns);
     }
   }
-  const size_t down = ta ? 1 : k, along = ta ? m : 1;
-  for (int j = 0; j < strips; ++j) {
-    const float* strip = packed + size_t(j) * COLS * k;
-    const int columns = n - j * COLS;
+}
+
+// c (m, n) = a b, row-major, b (k, n) packed; a as in `tile`.
+static void multiply(const float* a, size_t down, size_t along, const float* packed, float* c, int m, int n, int k) {
+  for (int j = 0; j < n; j += COLS, packed += size_t(COLS) * k) {
     int i = 0;
     for (; i + ROWS <= m; i += ROWS)
-      tile<ROWS>(a + i * down, down, along, strip, k, c + size_t(i) * n + j * COLS, n, columns);
-    rest<ROWS - 1>(m - i, a + i * down, down, along, strip, k, c + size_t(i) * n + j * COLS, n, columns);
+      tile<ROWS>(a + i * down, down, along, packed, k, c + size_t(i) * n + j, n, n - j);
+    rest<ROWS - 1>(m - i, a + i * down, down, along, packed, k, c + size_t(i) * n + j, n, n - j);
   }
 }
 
@@ -114,6 +111,24 @@ struct Shape {
   uint32_t dropped;  // hashes below that: to 0; the others times kept
   float kept, lr, b1, b2, eps, tau, epsilon;
 };
+
+// f for four rows at once, whose sums need not wait for each other, then one by one.
+template <class F>
+static inline void by_four(int first, int rows, F f) {
+  int r = first;
+  for (; r + 4 <= first + rows; r += 4) f(std::integral_constant<int, 4>(), r);
+  for (; r < first + rows; ++r) f(std::integral_constant<int, 1>(), r);
+}
+
+// The same with what is constant: whether there is a norm, and dropout.
+template <class F>
+static inline void by_four(const Shape& s, int first, int rows, F f) {
+  const auto with = [&](auto norm, auto dropout) {
+    by_four(first, rows, [&](auto R, int r) { f(R, decltype(norm)(), decltype(dropout)(), r); });
+  };
+  const auto one = [&](auto norm) { s.dropped ? with(norm, std::true_type()) : with(norm, std::false_type()); };
+  s.norm ? one(std::true_type()) : one(std::false_type());
+}
 
 // As networks.dropout_mask.
 static inline float mask(uint32_t element, const uint32_t* words, uint32_t threshold, float scale) {
@@ -128,111 +143,159 @@ static inline float mask(uint32_t element, const uint32_t* words, uint32_t thres
 // bias of the norm), then the kernel and the bias of the value.
 using Leaves = std::vector<float*>;
 
-// One member's activations: input of each layer and, with a norm, the normalised values and inverse deviations.
-struct Tape {
-  std::vector<float*> out, normed, inverse;
+// What one thread needs: of each layer what comes out of it and, with a norm, the normalised values and inverse
+// deviations; a packed matrix; two matrices (batch, widest).
+struct Room {
+  std::vector<std::vector<float>> out, normed, inverse;
+  std::vector<float> packed, upper, lower;
+  explicit Room(const Shape& s) {
+    const size_t batch = s.batch, widest = *std::max_element(s.width.begin(), s.width.end());
+    for (size_t w : s.width) out.emplace_back(batch * w), normed.emplace_back(batch * w), inverse.emplace_back(batch);
+    packed.resize((widest + COLS) * std::max({widest, batch, size_t(s.in)}));
+    upper.resize(batch * widest), lower.resize(batch * widest);
+  }
 };
 
-static Tape lay_out(Room& room, const Shape& s) {
-  size_t total = 0;
-  for (int w : s.width) total += size_t(s.batch) * (2 * w + 1);
-  if (room.activations.size() < total) room.activations.resize(total);
-  Tape tape;
-  float* at = room.activations.data();
-  for (int w : s.width) {
-    tape.out.push_back(at), at += size_t(s.batch) * w;
-    tape.normed.push_back(at), at += size_t(s.batch) * w;
-    tape.inverse.push_back(at), at += s.batch;
-  }
-  return tape;
+// A layer behind its product z, R rows of it: bias, dropout, norm, ReLU. `element`: number of the first.
+template <int R, bool NORM, bool DROPOUT>
+static void finish(const Shape& s, float* const* leaf, const uint32_t* words, uint32_t element, int w,
+                   float* __restrict z, float* __restrict n, float* __restrict inverse) {
+  const float *bias = leaf[1], *gain = leaf[2], *shift = leaf[3];  // the latter two only with a norm
+  float mean[R] = {}, scale[R] = {};
+#pragma GCC ivdep
+  for (int j = 0; j < w; ++j)
+    for (int i = 0; i < R; ++i) {
+      float v = z[i * w + j] + bias[j];
+      if (DROPOUT) v *= mask(element + i * w + j, words, s.dropped, s.kept);
+      mean[i] += v, z[i * w + j] = !NORM && v < 0 ? 0 : v;
+    }
+  if (!NORM) return;
+  for (int i = 0; i < R; ++i) mean[i] /= w;
+#pragma GCC ivdep
+  for (int j = 0; j < w; ++j)
+    for (int i = 0; i < R; ++i) {
+      const float v = z[i * w + j] - mean[i];
+      scale[i] += v * v;
+    }
+  for (int i = 0; i < R; ++i) inverse[i] = scale[i] = 1.0f / std::sqrt(scale[i] / w + s.epsilon);
+#pragma GCC ivdep
+  for (int j = 0; j < w; ++j)
+    for (int i = 0; i < R; ++i) {
+      const float v = (z[i * w + j] - mean[i]) * scale[i], out = v * gain[j] + shift[j];
+      n[i * w + j] = v;
+      z[i * w + j] = out < 0 ? 0 : out;  // NaN stays
+    }
 }
 
 static void forward(Room& room, const Shape& s, const Leaves& p, int per_layer, const float* x, const uint32_t* words,
-                    int position, const Tape& tape, float* q) {
+                    int position, float* q) {
   int in = s.in;
   for (int i = 0; i < s.layers; ++i) {
     const int w = s.width[i];
-    const float *bias = p[per_layer * i + 1], *gain = s.norm ? p[per_layer * i + 2] : nullptr,
-                *shift = s.norm ? p[per_layer * i + 3] : nullptr;
-    product(room, x, false, p[per_layer * i], false, tape.out[i], s.batch, w, in);
-    for (int r = 0; r < s.batch; ++r) {
-      float *z = tape.out[i] + size_t(r) * w, *n = tape.normed[i] + size_t(r) * w;
-      for (int j = 0; j < w; ++j) z[j] += bias[j];
-      if (s.dropped) {
-        const uint32_t first = (uint32_t(position) * s.batch + r) * uint32_t(w);
-        for (int j = 0; j < w; ++j) z[j] *= mask(first + j, words + 2 * i, s.dropped, s.kept);
-      }
-      if (s.norm) {
-        float sum = 0, square = 0;
-        for (int j = 0; j < w; ++j) sum += z[j];
-        const float mean = sum / w;
-        for (int j = 0; j < w; ++j) z[j] -= mean;
-        for (int j = 0; j < w; ++j) square += z[j] * z[j];
-        const float inverse = 1.0f / std::sqrt(square / w + s.epsilon);
-        tape.inverse[i][r] = inverse;
-        for (int j = 0; j < w; ++j) {
-          n[j] = z[j] * inverse;
-          z[j] = n[j] * gain[j] + shift[j];
-        }
-      }
-      for (int j = 0; j < w; ++j) z[j] = z[j] < 0 ? 0 : z[j];  // NaN stays
+    float* const* leaf = &p[per_layer * i];
+    float *z = room.out[i].data(), *n = room.normed[i].data(), *inverse = room.inverse[i].data();
+    pack(leaf[0], false, w, in, room.packed.data());
+    for (int first = 0; first < s.batch; first += BLOCK) {
+      const int rows = std::min(BLOCK, s.batch - first);
+      multiply(x + size_t(first) * in, in, 1, room.packed.data(), z + size_t(first) * w, rows, w, in);
+      by_four(s, first, rows, [&](auto R, auto norm, auto dropout, int r) {
+        const size_t at = size_t(r) * w;
+        const uint32_t element = (uint32_t(position) * s.batch + r) * uint32_t(w);
+        finish<R, norm, dropout>(s, leaf, words + 2 * i, element, w, z + at, n + at, inverse + r);
+      });
     }
-    x = tape.out[i], in = w;
+    x = z, in = w;
   }
   const float *kernel = p[per_layer * s.layers], bias = p[per_layer * s.layers + 1][0];
-  for (int r = 0; r < s.batch; ++r) {
+  by_four(0, s.batch, [&](auto R, int r) {
     const float* h = x + size_t(r) * in;
-    float sum = 0;
-    for (int j = 0; j < in; ++j) sum += h[j] * kernel[j];
-    q[r] = sum + bias;
+    float sum[R] = {};
+    for (int j = 0; j < in; ++j)
+      for (int i = 0; i < R; ++i) sum[i] += h[i * in + j] * kernel[j];
+    for (int i = 0; i < R; ++i) q[r + i] = sum[i] + bias;
+  });
+}
+
+// Back through ReLU, norm and dropout of a layer, R rows of it: d, the derivative of what comes out, becomes that of
+// the product; gradients are added to.
+template <int R, bool NORM, bool DROPOUT>
+static void undo(const Shape& s, const float* gain, float* const* grad, const uint32_t* words, uint32_t element, int w,
+                 const float* __restrict out, const float* __restrict n, const float* __restrict inverse,
+                 float* __restrict d) {
+  float *__restrict db = grad[1], *__restrict dgain = grad[2], *__restrict dshift = grad[3];  // as in `finish`
+  float mean[R] = {}, part[R] = {}, scale[R];
+#pragma GCC ivdep
+  for (int j = 0; j < w; ++j) {
+    float a = 0, b = 0;
+    for (int i = 0; i < R; ++i) {
+      float v = out[i * w + j] > 0 ? d[i * w + j] : 0;
+      if (NORM) {
+        const float y = n[i * w + j];
+        a += v, b += v * y;
+        v *= gain[j];
+        mean[i] += v, part[i] += v * y;
+      }
+      d[i * w + j] = v;
+    }
+    if (NORM) dshift[j] += a, dgain[j] += b;
+  }
+  for (int i = 0; i < R; ++i) mean[i] /= w, part[i] /= w, scale[i] = inverse[i];
+#pragma GCC ivdep
+  for (int j = 0; j < w; ++j) {
+    float a = 0;
+    for (int i = 0; i < R; ++i) {
+      float v = d[i * w + j];
+      if (NORM) v = scale[i] * (v - mean[i] - n[i * w + j] * part[i]);
+      if (DROPOUT) v *= mask(element + i * w + j, words, s.dropped, s.kept);
+      a += v, d[i * w + j] = v;
+    }
+    db[j] += a;
   }
 }
 
-// Gradients of the loss with derivative dq (batch) into g; work holds two (batch, widest) matrices.
-static void backward(Room& room, const Shape& s, const Leaves& p, const Leaves& g, int per_layer, const float* x,
-                     const uint32_t* words, int position, const Tape& tape, const float* dq, float* work) {
-  const int last = s.width.back(), widest = *std::max_element(s.width.begin(), s.width.end());
-  float *dz = work, *dh = work + size_t(s.batch) * widest;
-  const float* kernel = p[per_layer * s.layers];
-  float *dkernel = g[per_layer * s.layers], *dbias = g[per_layer * s.layers + 1];
-  std::fill(dkernel, dkernel + last, 0.0f);
-  dbias[0] = 0;
-  for (int r = 0; r < s.batch; ++r) {
-    const float* h = tape.out.back() + size_t(r) * last;
-    float* d = dh + size_t(r) * last;
-    for (int j = 0; j < last; ++j) dkernel[j] += dq[r] * h[j];
-    for (int j = 0; j < last; ++j) d[j] = dq[r] * kernel[j];
-    dbias[0] += dq[r];
+// Back through the value: R rows of its derivative dq make those of d; dkernel and dbias are added to.
+template <int R>
+static void begin(const float* kernel, const float* dq, int w, const float* h, float* __restrict d,
+                  float* __restrict dkernel, float* dbias) {
+  float e[R];
+  for (int i = 0; i < R; ++i) *dbias += e[i] = dq[i];
+#pragma GCC ivdep
+  for (int j = 0; j < w; ++j) {
+    float a = 0;
+    for (int i = 0; i < R; ++i) a += e[i] * h[i * w + j], d[i * w + j] = e[i] * kernel[j];
+    dkernel[j] += a;
   }
+}
+
+// Gradients of the loss with derivative dq (batch) into g, after `forward` in the same room.
+static void backward(Room& room, const Shape& s, const Leaves& p, const Leaves& g, int per_layer, const float* x,
+                     const uint32_t* words, int position, const float* dq) {
+  const int last = s.width.back(), value = per_layer * s.layers;
+  float *d = room.upper.data(), *below = room.lower.data(), *packed = room.packed.data();
+  std::fill(g[value], g[value] + last, 0.0f);
+  g[value + 1][0] = 0;
+  by_four(0, s.batch, [&](auto R, int r) {
+    const size_t at = size_t(r) * last;
+    begin<R>(p[value], dq + r, last, room.out.back().data() + at, d + at, g[value], g[value + 1]);
+  });
   for (int i = s.layers - 1; i >= 0; --i) {
     const int w = s.width[i], in = i ? s.width[i - 1] : s.in;
-    float* db = g[per_layer * i + 1];
-    float *dgain = s.norm ? g[per_layer * i + 2] : nullptr, *dshift = s.norm ? g[per_layer * i + 3] : nullptr;
-    const float* gain = s.norm ? p[per_layer * i + 2] : nullptr;
-    std::fill(db, db + w, 0.0f);
-    if (s.norm) std::fill(dgain, dgain + w, 0.0f), std::fill(dshift, dshift + w, 0.0f);
-    for (int r = 0; r < s.batch; ++r) {
-      const float *out = tape.out[i] + size_t(r) * w, *n = tape.normed[i] + size_t(r) * w, *up = dh + size_t(r) * w;
-      float* d = dz + size_t(r) * w;
-      for (int j = 0; j < w; ++j) d[j] = out[j] > 0 ? up[j] : 0;
-      if (s.norm) {
-        for (int j = 0; j < w; ++j) dshift[j] += d[j];
-        for (int j = 0; j < w; ++j) dgain[j] += d[j] * n[j];
-        float sum = 0, along = 0;
-        for (int j = 0; j < w; ++j) d[j] *= gain[j];
-        for (int j = 0; j < w; ++j) sum += d[j];
-        for (int j = 0; j < w; ++j) along += d[j] * n[j];
-        const float mean = sum / w, part = along / w, inverse = tape.inverse[i][r];
-        for (int j = 0; j < w; ++j) d[j] = inverse * (d[j] - mean - n[j] * part);
-      }
-      if (s.dropped) {
-        const uint32_t first = (uint32_t(position) * s.batch + r) * uint32_t(w);
-        for (int j = 0; j < w; ++j) d[j] *= mask(first + j, words + 2 * i, s.dropped, s.kept);
-      }
-      for (int j = 0; j < w; ++j) db[j] += d[j];
+    float *const *leaf = &p[per_layer * i], *const *grad = &g[per_layer * i];
+    const float *out = room.out[i].data(), *n = room.normed[i].data(), *inverse = room.inverse[i].data();
+    for (int l = 1; l < per_layer; ++l) std::fill(grad[l], grad[l] + w, 0.0f);
+    if (i) pack(leaf[0], true, in, w, packed);
+    for (int first = 0; first < s.batch; first += BLOCK) {
+      const int rows = std::min(BLOCK, s.batch - first);
+      by_four(s, first, rows, [&](auto R, auto norm, auto dropout, int r) {
+        const size_t at = size_t(r) * w;
+        const uint32_t element = (uint32_t(position) * s.batch + r) * uint32_t(w);
+        undo<R, norm, dropout>(s, leaf[2], grad, words + 2 * i, element, w, out + at, n + at, inverse + r, d + at);
+      });
+      if (i) multiply(d + size_t(first) * w, w, 1, packed, below + size_t(first) * in, rows, in, w);
     }
-    product(room, i ? tape.out[i - 1] : x, true, dz, false, g[per_layer * i], in, w, s.batch);
-    if (i) product(room, dz, false, p[per_layer * i], true, dh, s.batch, in, w);
+    pack(d, false, w, s.batch, packed);
+    multiply(i ? room.out[i - 1].data() : x, 1, in, packed, grad[0], in, w, s.batch);
+    std::swap(d, below);
   }
 }
 
@@ -263,20 +326,24 @@ class Barrier {
  public:
   explicit Barrier(int n) : n_(n), left_(n) {}
   void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
     const int round = round_;
     if (--left_ == 0) {
-      left_ = n_, ++round_;
-      all_.notify_all();
-      return;
+      left_ = n_;
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++round_;
+      return all_.notify_all();
     }
+    for (int i = 0; i < 20000; ++i)  // some 30 us: to fall asleep and be woken takes longer
+      if (round_ != round) return;
+    std::unique_lock<std::mutex> lock(mutex_);
     all_.wait(lock, [&] { return round_ != round; });
   }
 
  private:
   std::mutex mutex_;
   std::condition_variable all_;
-  int n_, left_, round_ = 0;
+  const int n_;
+  std::atomic<int> left_, round_{0};
 };
 
 static int processors() {
@@ -315,14 +382,13 @@ static ffi::Error Update(F32 x, F32 next, F32 reward, F32 discount, F32 bonus, f
     for (int i = 0; i < leaves; ++i) out.push_back(all[kind * leaves + i] + size[i] * e);
     return out;
   };
-  const int threads = std::min(processors(), s.ensemble), widest = *std::max_element(s.width.begin(), s.width.end());
+  const int threads = std::min(processors(), s.ensemble);
   std::vector<float> following(size_t(s.subset) * s.batch), losses(s.ensemble), values(s.ensemble);
   Barrier barrier(threads);
   const auto work = [&](int thread) {
     const FlushTiny flush;
-    Room room;
-    const Tape tape = lay_out(room, s);
-    std::vector<float> q(s.batch), dq(s.batch), y(s.batch), scratch(size_t(2) * s.batch * widest);
+    Room room(s);
+    std::vector<float> q(s.batch), dq(s.batch), y(s.batch);
     std::vector<std::vector<float>> grads;
     Leaves g;
     for (size_t n : size) grads.emplace_back(n);
@@ -333,7 +399,7 @@ static ffi::Error Update(F32 x, F32 next, F32 reward, F32 discount, F32 bonus, f
       const uint32_t *target_words = words.typed_data() + size_t(u) * 4 * s.layers,
                      *online_words = target_words + 2 * s.layers;
       for (int z = thread; z < s.subset; z += threads)
-        forward(room, s, member(1, members.typed_data()[u * s.subset + z]), per_layer, after, target_words, z, tape,
+        forward(room, s, member(1, members.typed_data()[u * s.subset + z]), per_layer, after, target_words, z,
                 following.data() + size_t(z) * s.batch);
       barrier.wait();
       for (int r = 0; r < s.batch; ++r) {
@@ -347,7 +413,7 @@ static ffi::Error Update(F32 x, F32 next, F32 reward, F32 discount, F32 bonus, f
       }
       for (int e = thread; e < s.ensemble; e += threads) {
         const Leaves p = member(0, e), target = member(1, e), m = member(2, e), v = member(3, e);
-        forward(room, s, p, per_layer, batch, online_words, e, tape, q.data());
+        forward(room, s, p, per_layer, batch, online_words, e, q.data());
         double square = 0, sum = 0;
         for (int r = 0; r < s.batch; ++r) {
           const float error = q[r] - y[r];
@@ -356,7 +422,7 @@ static ffi::Error Update(F32 x, F32 next, F32 reward, F32 discount, F32 bonus, f
           sum += q[r];
         }
         losses[e] = float(square / s.batch), values[e] = float(sum / s.batch);
-        backward(room, s, p, g, per_layer, batch, online_words, e, tape, dq.data(), scratch.data());
+        backward(room, s, p, g, per_layer, batch, online_words, e, dq.data());
         for (int i = 0; i < leaves; ++i)
           descend(s, p[i], g[i], m[i], v[i], target[i], size[i], count.typed_data()[0] + u + 1);
       }
@@ -376,22 +442,9 @@ static ffi::Error Update(F32 x, F32 next, F32 reward, F32 discount, F32 bonus, f
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tether_update, Update,
                               ffi::Ffi::Bind()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("norm")
-                                  .Attr<uint32_t>("dropped")
-                                  .Attr<float>("kept")
-                                  .Attr<float>("lr")
-                                  .Attr<float>("b1")
-                                  .Attr<float>("b2")
-                                  .Attr<float>("eps")
-                                  .Attr<float>("tau")
+                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().RemainingArgs().RemainingRets()
+                                  .Attr<bool>("norm").Attr<uint32_t>("dropped").Attr<float>("kept").Attr<float>("lr")
+                                  .Attr<float>("b1").Attr<float>("b2").Attr<float>("eps").Attr<float>("tau")
                                   .Attr<float>("epsilon"));
