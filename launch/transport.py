@@ -48,7 +48,8 @@ class Stream:
     route: bytes = b""  # ROUTER identity of the actor's connection; empty: none
     run_until: int = 0
     told: dict[str, Any] | None = None  # what the last ACK said; None: one is due
-    want: int | None = None  # offset of the chunk of weights that was asked for
+    sending: wire.Weights = wire.NO_WEIGHTS  # what it is getting: all of it, though newer ones may have come
+    want: int | None = None  # offset of the chunk of them that was asked for
     received: int = 0
     came: list[tuple[bytes, Record]] = field(default_factory=list)  # to be stored, from `expected` on
     weights_at: float = math.inf  # when the actor's weights were published
@@ -163,7 +164,7 @@ class LearnerLink:
                                 "weights": self._weights.version, "stop": self._stop}  # fmt: skip
         if news != stream.told and self._send(stream.route, "ACK", **news):
             stream.told = news
-        if stream.want is not None and self._pump.send([stream.route, *self._weights.chunk(stream.want)]):
+        if stream.want is not None and self._pump.send([stream.route, *stream.sending.chunk(stream.want)]):
             stream.want = None
 
     def _take(self, frames: list[bytes]) -> None:
@@ -213,10 +214,12 @@ class LearnerLink:
             self._on_data(stream, meta, fields["seq"], wire.unpack_records(message.body))
         elif message.kind == "STATUS":
             stream.report = fields
-            if fields["weights"] == self._weights.version:
-                stream.weights_at = self._weights.made_at
+            if fields["weights"] == stream.sending.version:
+                stream.weights_at = stream.sending.made_at
         elif message.kind == "WANT":
-            stream.want = fields["offset"] if fields["version"] == self._weights.version else 0
+            stream.want = fields["offset"]
+            if fields["version"] != stream.sending.version:
+                stream.sending, stream.want = self._weights, 0
 
     def _on_data(self, stream: Stream, meta: Meta, first: int, payloads: list[bytes]) -> None:
         due, room = stream.expected + len(stream.came), MAX_QUEUED - len(self._queue) - self._came
@@ -354,7 +357,8 @@ class ActorLink:
             self._pump.reconnect()
             self._answer, self._beat_at, self._unanswered_at = ("", b""), 0.0, math.inf
         if self._open and self._newest > self._inbox.tried and not self._wanting:
-            self._wanting = self._send("WANT", version=self._newest, offset=self._inbox.filled(self._newest))
+            version, offset = self._inbox.due(self._newest)
+            self._wanting = self._send("WANT", version=version, offset=offset)
         return self._open and self._send_records(now)
 
     def _beat(self, state: str) -> bool:

@@ -52,7 +52,8 @@ MESSAGES = {
     "ACK": ("learner", "seq:count run_until:count weights:count stop:text"),
     # twice a second, and when weights were taken or refused (why); state: run or closed
     "STATUS": ("actor", "stream:stream state:text spool:count weights:count refused:text stats:numbers"),
-    # send me the chunk of this version that begins here. Not asked for twice at once, so that acks pass
+    # send me the chunk of this version that begins here (a learner without it begins with its newest). Not asked for
+    # twice at once, so that acks pass
     "WANT": ("actor", "stream:stream version:count offset:count"),
     # body: at most CHUNK bytes of a safetensors file, of the newest version; from 0 where it is another one
     "WEIGHTS": ("learner", "version:count offset:count nbytes:count layout:sha256 sha256:sha256"),
@@ -193,6 +194,11 @@ class Inbox:
     def filled(self, version: int) -> int:
         """Bytes that came of a version."""
         return len(self._data) if version == self._coming else 0
+
+    def due(self, newest: int) -> tuple[int, int]:
+        """Version and offset of the next chunk: of what has begun to come, though newer ones may be published faster
+        than any comes, else of `newest`."""
+        return (self._coming, len(self._data)) if self._data else (newest, 0)
 
     def take(self, body: bytes, version: int, offset: int, nbytes: int, layout: str, sha256: str) -> Any:
         """The parameters that a WEIGHTS completes, prepared. One that is not the next due chunk changes nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 import socket as sockets
@@ -586,8 +587,29 @@ def test_a_chunk_is_sent_when_it_is_asked_for_so_that_acknowledgements_pass():
         assert len(want(1, wire.CHUNK).body) == wire.CHUNK
         assert want(1, 1 << 40).body == b""
         link.publish(2, {"w": np.ones(1_000_000, np.float32)})
-        newer = want(1, 2 * wire.CHUNK).fields
+        rest = want(1, 2 * wire.CHUNK).fields  # what has begun is sent to its end ...
+        assert (rest["version"], rest["offset"]) == (1, 2 * wire.CHUNK)
+        newer = want(2, 0).fields
         assert (newer["version"], newer["offset"]) == (2, 0)
+        newest = want(1, 2 * wire.CHUNK).fields  # ... and what is gone begins with the newest
+        assert (newest["version"], newest["offset"]) == (2, 0)
+
+
+def test_weights_arrive_though_newer_ones_come_before_all_of_their_chunks():
+    params = {"w": np.ones(3 * wire.CHUNK // 4, np.float32)}
+    with learner() as link, actor(link.address, describe()) as one:
+        serve, versions, taken = link._serve, itertools.count(2), []
+
+        def published(stream):  # with every chunk that goes out
+            before = stream.want
+            serve(stream)
+            if before is not None and stream.want is None and not taken:
+                link._weights = wire.pack_weights(next(versions), params)
+
+        link._serve = published
+        link.publish(1, params)
+        taken.append(one.weights(PATIENCE))
+        assert taken[0][0] == 1
 
 
 def test_messages_gather_while_the_learner_has_records_and_come_at_once_when_it_waits(monkeypatch):
