@@ -108,9 +108,11 @@ class Tally:
         }  # fmt: skip
         if isinstance(self.env, RobotEnv):
             ahead, seconds = np.sum([(0.0, 1e-9), *self._moved], axis=0)
-            out |= {"speed_mps": round(float(ahead / seconds), 3), "falls": self.episodes.falls}
+            found = self.episodes
+            speed = round(float(ahead / seconds), 3)
+            out |= {"speed_mps": speed, "falls": found.falls, "interventions": found.interventions}
         if self.env.task.spec.kind == "manipulate":
-            out |= {"cycle_s": self.cycle_s, "interventions": self.episodes.interventions}
+            out["cycle_s"] = self.cycle_s
         if isinstance(self.env.task, Course):
             rows = (len(list(row)) for clean, row in itertools.groupby(self._clean) if clean)
             out |= {

@@ -520,6 +520,7 @@ def test_speed_is_the_twins_truth_and_on_a_robot_what_is_measured(robot, speed):
     env = catalog_env(parse(WALK, "walk"), robot)  # the twin goes 1 m/s, 60 degrees off its heading
     found = drive(env, lambda obs, prev: np.zeros(12), episodes=4)
     assert found["speed_mps"] == pytest.approx(speed, abs=1e-3) and found["falls"] == 1 and found["episodes"] == 4
+    assert found["interventions"] == 0
     assert "laps" not in found and found["success_rate"] == 0.75
 
 
