@@ -129,7 +129,7 @@ def check_start(spec: TaskSpec, other: TaskSpec) -> int:
     new, old = (make_task(one).observation_size for one in (spec, other))
     channels, command = declaration(spec)
     if old != new and old != sum(c.size for c in channels if c.observed) + command.size:
-        raise TaskError(f"{spec.name}: {other.name} observes what this task does not; start from a task of its kind")
+        raise TaskError(f"{spec.name}: {other.name} observes what this task does not; start from one that sees no more")
     return old
 
 

@@ -143,7 +143,7 @@ def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
     sub.add_argument("--from", dest="start", default="", metavar="RUN", help="start from this run's weights")
     sub.add_argument("--prior", nargs="+", action="extend", default=[], metavar="FILE|RUN", help="prior data")
-    sub.add_argument("--resume", action="store_true", help="go on with the run in --out (default: runs/latest)")
+    sub.add_argument("--resume", action="store_true", help="go on with TASK's run in --out (default: runs/latest)")
     devices = "learn on this many of this machine's devices, each on its share of every batch (default: 1)"
     sub.add_argument("--devices", type=_from(1), default=1, help=devices)
     sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")

@@ -224,7 +224,8 @@ def _drive(
     result = evaluation.drive(env, act, laps, episodes, options.steps, options.seed)
     text = "{episodes} episodes, mean return {return_mean:.1f}"
     if course:
-        text = "{laps} laps, {clean_laps} clean in a row, {contacts} contacts, median {lap_time_s[median]} s"
+        text = "{laps} laps, {clean_laps} clean in a row, {contacts} contacts"
+        text += ", median {lap_time_s[median]} s" if result["laps"] else ""
     elif env.task.spec.kind == "walk":
         text = "{episodes} episodes, {speed_mps:.2f} m/s, {falls} falls"
     elif env.task.spec.kind == "manipulate":

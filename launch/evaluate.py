@@ -108,9 +108,8 @@ class Tally:
         }  # fmt: skip
         if isinstance(self.env, RobotEnv):
             ahead, seconds = np.sum([(0.0, 1e-9), *self._moved], axis=0)
-            found = self.episodes
-            speed = round(float(ahead / seconds), 3)
-            out |= {"speed_mps": speed, "falls": found.falls, "interventions": found.interventions}
+            out |= {"speed_mps": round(float(ahead / seconds), 3), "falls": self.episodes.falls,
+                    "interventions": self.episodes.interventions}  # fmt: skip
         if self.env.task.spec.kind == "manipulate":
             out["cycle_s"] = self.cycle_s
         if isinstance(self.env.task, Course):

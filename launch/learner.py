@@ -90,6 +90,7 @@ class Learner:
         self.trainer = Trainer(task, job.config, job.seed, experience, job.devices)
         if job.start:  # it acts already: the first batches need not be copies of one step beside prior data
             self.trainer.start_steps = job.config.learner.start_steps
+        cursor = self._start()  # first: it may be refused, and who compiles cannot be stopped
         compiles = ThreadPoolExecutor(1)
         self._compiled = compiles.submit(self.trainer.warm_up)
         compiles.submit(self.trainer.warm_up_measure)
@@ -99,7 +100,7 @@ class Learner:
         self._refused: dict[str, str] = {}  # why weights were, by stream, as last told
         self._saved = time.monotonic()
         self._sent = 0, 0  # updates and steps when weights were
-        expected = self._begin()
+        expected = self._replay(cursor)
         self.journal = Journal(job.folder / "steps")
         random_steps = job.config.actor.random_steps  # of which a resumed run has made its share
         welcome = {
@@ -212,16 +213,25 @@ class Learner:
     def _warn(self, text: str) -> None:
         self.log.note(f"warning: {text}")
 
-    def _begin(self) -> dict[str, int]:
-        """Take the weights to begin with, and of a resumed run its snapshot and steps/. Returns the next
-        sequence number of every stream."""
+    def _start(self) -> dict[str, int]:
+        """Take the weights to begin with: a resumed run's snapshot, whose cursor is returned, or another run's."""
         cursor, warning = self.trainer.load(self.job.folder / "snapshots") if self.job.resume else ({}, "")
         if self.job.start and not cursor:
             before, facts = config.read(self.job.start)
             observed = catalog.check_start(self.job.spec, catalog.spec_of(facts["task"], facts["name"]))
-            warning = self.trainer.start_from(Path(self.job.start) / "snapshots", before.algorithm, observed)
+            try:
+                warning = self.trainer.start_from(Path(self.job.start) / "snapshots", before.algorithm, observed)
+            except SnapshotError as error:
+                old, new = ({"algorithm": c.algorithm, **c.agent} for c in (before, self.job.config))
+                apart = [f"agent.{name} = {old[name]}" for name in old if old[name] != new.get(name)]
+                raise SnapshotError(f"{error}: {', '.join(apart[:4])}") from None
+            self.log.note(f"starts from {self.job.start}")
         if warning:
             self._warn(warning)
+        return cursor
+
+    def _replay(self, cursor: dict[str, int]) -> dict[str, int]:
+        """Go through the records of a resumed run again. Returns the next sequence number of every stream."""
         expected = {}
         if self.job.resume:
             self._compiled.result()  # not compiled twice
