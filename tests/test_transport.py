@@ -613,8 +613,8 @@ def test_weights_arrive_though_newer_ones_come_before_all_of_their_chunks():
 
 
 def test_messages_gather_while_the_learner_has_records_and_come_at_once_when_it_waits(monkeypatch):
-    for module in (pump, transport):
-        monkeypatch.setattr(module, "GATHER_S", 2 * PATIENCE)  # nobody here waits for so long
+    for module, name in ((pump, "GATHER_S"), (transport, "STORE_S")):
+        monkeypatch.setattr(module, name, 2 * PATIENCE)  # nobody here waits for so long
     stored = []
 
     def journal(meta, first, payloads):
