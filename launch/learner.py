@@ -52,7 +52,8 @@ class Journal:
         self._writers: dict[str, SegmentWriter] = {}
 
     def __call__(self, meta: Meta, first_seq: int, payloads: list[bytes]) -> int:
-        """Put records of one stream on the disk, as many as fit, and return how many; in the link's thread."""
+        """Put records of one stream on the disk and return how many: all, or where it is full those that the segments
+        before took. In the link's thread."""
         stored = 0
         try:
             if meta.stream not in self._writers:

@@ -64,8 +64,8 @@ class Legged:
     def reward(self, reading: Reading, ahead: float, left: float, trouble: str) -> float:
         """`walking`, and turning to where it shall go; what comes after a fall is worth nothing, which is enough.
 
-        Forward is always the body's own. Paid for its speed towards the goal it stood still for 14,000 steps: where
-        legs should go was another question in every direction.
+        Forward is always the body's own. Paid for its speed towards the goal, and beginning from nothing, it stood
+        still for 14,000 steps.
         """
         steer = max(-STEER_RADPS, min(STEER_RADPS, math.atan2(left, ahead)))
         return walking(reading, WANTED_MPS, steer, STEER_WEIGHT)

@@ -30,7 +30,7 @@ def steps(rng: np.random.Generator, side: int = 0) -> list[Any]:
     frames = rng.integers(0, 256, (1000, side, side, 3), np.uint8)
     return [
         SimpleNamespace(
-            obs=row, prev_action=row[:ACT], action=None if i % 200 == 199 else row[:ACT].clip(-1, 1),
+            obs=row, prev_action=row[:ACT].clip(-1, 1), action=None if i % 200 == 199 else row[:ACT].clip(-1, 1),
             reward=float(row[0]), terminated=False, truncated=False, train=True, takeover=i % 50 == 0,
             images={"camera": frame},
         )
