@@ -282,7 +282,7 @@ def serve(
                 deliver(address, parent_folder)
             else:
                 pilot.swap(alone[0], pilot.prepare(*alone))
-            link.begin(meta, 10.0 if alone is None else 0.0, Spool(parent_folder / meta.stream, meta))
+            link.begin(meta, 10.0 if alone is None else 0.0, Spool(parent_folder / meta.stream, meta), stopped)
             room = f"takeovers: {who}; {parent_folder} has room for {hours(meta, parent_folder):.1f} h of records"
             print(f"actor: drives {spec.name} for the learner at {address}; {room}", file=sys.stderr)
             try:

@@ -43,11 +43,9 @@ def car(out: Path, seed: int, say: Say) -> dict[str, Any]:
     freeze(run, frozen)
 
     say("5/5 driving the frozen policy")
-    env = catalog.make_env(catalog.make_task(spec), seed=seed + 1000)
-    result = evaluate.drive(env, onboard.load_bundle(frozen).policies["task"].act, laps=LAPS)
-    return {
-        "train_s": trained["train_s"], "steps": trained["steps"], "run": str(run), "bundle": str(frozen),
-        "demo_lap_s": driven["lap_time_s"], "lap_time_s": result["lap_time_s"]["median"],
+    result = _driven(spec, frozen, seed, laps=LAPS)
+    return trained | {
+        "bundle": str(frozen), "demo_lap_s": driven["lap_time_s"], "lap_time_s": result["lap_time_s"]["median"],
         "clean_laps": result["clean_laps"], "laps": result["laps"], "contacts": result["contacts"],
         "lap_times_s": result["lap_time_s"]["all"],
     }  # fmt: skip
@@ -66,13 +64,9 @@ def quadruped(out: Path, seed: int, say: Say) -> dict[str, Any]:
     freeze(run, frozen)
 
     say("3/3 walking with the frozen policy")
-    env = catalog.make_env(catalog.make_task(spec), seed=seed + 1000)
-    result = evaluate.drive(env, onboard.load_bundle(frozen).policies["task"].act, episodes=WALKS)
+    result = _driven(spec, frozen, seed, episodes=WALKS)
     say(f"    this is half a training: `tether run {WALK} --resume --out {run} --steps 24000` goes on to its end")
-    return {
-        "train_s": trained["train_s"], "steps": trained["steps"], "run": str(run), "bundle": str(frozen),
-        "episodes": result["episodes"], "speed_mps": result["speed_mps"], "falls": result["falls"],
-    }  # fmt: skip
+    return trained | {"bundle": str(frozen)} | {key: result[key] for key in ("episodes", "speed_mps", "falls")}
 
 
 def arm(out: Path, seed: int, say: Say) -> dict[str, Any]:
@@ -94,22 +88,26 @@ def arm(out: Path, seed: int, say: Say) -> dict[str, Any]:
     freeze(run, frozen)
 
     say("4/4 picking with the frozen policy")
-    env = catalog.make_env(catalog.make_task(spec), seed=seed + 1000)
-    result = evaluate.drive(env, onboard.load_bundle(frozen).policies["task"].act, episodes=PICKS)
+    result = _driven(spec, frozen, seed, episodes=PICKS)
     say(f"    this is a third of a training: `tether run {PICK} --resume --out {run} --steps 15000` goes on to its end")
-    return {
-        "train_s": trained["train_s"], "steps": trained["steps"], "run": str(run), "bundle": str(frozen),
+    return trained | {
+        "bundle": str(frozen), "shown_s": demonstrated["lap_time_s"],
         "episodes": result["episodes"], "success_rate": result["success_rate"], "cycle_s": result["cycle_s"],
-        "shown_s": demonstrated["lap_time_s"],
     }  # fmt: skip
 
 
 def _trained(
     spec: TaskSpec, source: str, run: Path, seed: int, steps: int, prior: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Train in the twin with the preset `cpu`. Raises RunError where it is stopped."""
+    """Train in the twin with the preset `cpu`; DESIGN's keys of that. Raises RunError where it is stopped."""
     settings = config.load("cpu", catalog.family(spec), [f"learner.steps={steps}"])
     trained = train(Job(spec, settings, run, seed, prior=prior), [])
     if trained["steps"] < steps:
         raise RunError(f"stopped at step {trained['steps']}; go on with `tether run {source} --resume --out {run}`")
-    return trained
+    return {"train_s": trained["train_s"], "steps": trained["steps"], "run": str(run)}
+
+
+def _driven(spec: TaskSpec, frozen: Path, seed: int, **until: int) -> dict[str, Any]:
+    """What the frozen policy does on a place it has not seen."""
+    env = catalog.make_env(catalog.make_task(spec), seed=seed + 1000)
+    return evaluate.drive(env, onboard.load_bundle(frozen).policies["task"].act, **until)

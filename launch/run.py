@@ -95,7 +95,7 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
             result = learner.run(stopped)
             if child and not learner.link.greeted:
                 child.terminate()  # it was still starting, and could not be told
-            if child and child.wait(ACTOR_GRACE_S) and stopped() == ACTOR_ENDED:
+            if child and _wait(child) and stopped() == ACTOR_ENDED:
                 kept = f"what it had sent is kept in {job.folder}, go on with --resume"
                 raise RunError(f"{ACTOR_ENDED} with status {child.returncode}; {kept}")
             return result
@@ -106,7 +106,7 @@ def train(job: Job, actor: list[str] | None) -> dict[str, Any]:
         finally:
             if child and child.poll() is None:
                 child.terminate()
-                child.wait()
+                _wait(child)
 
 
 @contextlib.contextmanager
@@ -137,3 +137,12 @@ def _spawn_actor(address: str, arguments: list[str], cores: set[int] | None) -> 
     if cores is not None:
         os.sched_setaffinity(child.pid, cores)
     return child
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Its exit status. After a while it is told to end, then killed: what it held is in its spool."""
+    for end in (child.terminate, child.kill):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(ACTOR_GRACE_S)
+        end()
+    return child.wait()

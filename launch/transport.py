@@ -277,23 +277,29 @@ class ActorLink:
 
     def start(self, timeout: float = 10.0) -> dict[str, Any]:
         """What the learner tells an actor. NoLearner when none answers."""
-        if not self._pump.wait(lambda: self._open, timeout):
-            remedy = f"start it with `tether learner TASK --bind {self.address}`"
-            if self._pump.locked:
-                remedy += "; if it runs, it has no key of this robot (`tether keys` there), or another one"
-            raise NoLearner(f"no learner at {self.address} after {timeout:.0f} s: {remedy}")
+        self._meet(timeout, lambda: False)
         return wire.unpack(self._answer[1], dict, max_str_len=wire.MAX_BODY)
 
-    def begin(self, meta: Meta, timeout: float = 10.0, spool: Spool | None = None) -> None:
+    def begin(
+        self, meta: Meta, timeout: float = 10.0, spool: Spool | None = None, stopped: Callable[[], Any] = lambda: False
+    ) -> None:
         """Open the stream `meta`, whose records wait in `spool` (default: in memory).
 
-        With timeout 0 the learner may come later. WireError with the differences when the learner refuses it.
+        With timeout 0, or once `stopped()`, the learner may come later. WireError with the differences when the
+        learner refuses it.
         """
         self._spool = self._spool if spool is None else spool  # an empty one is false
         self._hello, self._beat_at = (meta.stream, meta.to_json()), 0.0
         self._pump.wake()
         if timeout:
-            self.start(timeout)
+            self._meet(timeout, stopped)
+
+    def _meet(self, timeout: float, stopped: Callable[[], Any]) -> None:
+        if not self._pump.wait(lambda: self._open or stopped(), timeout):
+            remedy = f"start it with `tether learner TASK --bind {self.address}`"
+            if self._pump.locked:
+                remedy += "; if it runs, it has no key of this robot (`tether keys` there), or another one"
+            raise NoLearner(f"no learner at {self.address} after {timeout:.0f} s: {remedy}")
 
     def send(self, seq: int, payload: bytes) -> None:
         """Hand over the next record (`record.encode`). WireError when no more fit in memory."""

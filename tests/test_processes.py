@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -28,6 +29,7 @@ from tests.conftest import FAKE, SETTINGS, TETHER, flags, free_address
 
 jax = pytest.importorskip("jax")
 
+from tether.launch import run as launch_run  # noqa: E402
 from tether.launch.learner import Job  # noqa: E402
 from tether.launch.run import job_of  # noqa: E402
 from tether.launch.trainer import Trainer  # noqa: E402
@@ -253,6 +255,15 @@ def test_a_run_is_ended_while_its_actor_starts():
         run.send_signal(signal.SIGINT)
         assert run.wait(PATIENCE) == 0
     assert not Path("run/error.txt").exists()
+
+
+@pytest.mark.parametrize(("way", "status"), [("DFL", -signal.SIGTERM), ("IGN", -signal.SIGKILL)])
+def test_an_actor_that_does_not_end_is_told_and_then_killed(way, status, monkeypatch):
+    monkeypatch.setattr(launch_run, "ACTOR_GRACE_S", 0.2)
+    code = f"import signal as s; s.signal(s.SIGTERM, s.SIG_{way}); print(flush=True); s.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline()  # it hears from now on
+        assert launch_run._wait(child) == status
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -395,6 +395,13 @@ def test_no_learner_is_one_clear_line():
             one.start(timeout=0.0)
 
 
+def test_who_is_told_to_stop_waits_for_no_learner():
+    with actor(free_address()) as one:
+        with pytest.raises(WireError, match="no learner"):
+            one.begin(describe(), 0.01)
+        one.begin(describe(), 0.01, stopped=lambda: "a person")
+
+
 def test_a_learner_that_comes_later_is_found():
     address = free_address()
     with actor(address) as one:
