@@ -11,7 +11,7 @@ demo: $(VENV)/demo
 	$(BIN)/tether demo car
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
