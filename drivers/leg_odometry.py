@@ -33,19 +33,6 @@ Three = Sequence[float]
 _NONE = (0.0, 0.0, 0.0)
 
 
-def feet(joints: np.ndarray) -> np.ndarray:
-    """(12,) joint angles in rad -> (4, 3) centres of the feet in m."""
-    angles = np.reshape(joints, (4, 3)).tolist()
-    return np.array([sole_moves(leg, angles[leg], _NONE, _NONE)[0] for leg in range(4)])
-
-
-def jacobians(joints: np.ndarray) -> np.ndarray:
-    """(12,) joint angles in rad -> (4, 3, 3): how the centre of each foot (m) moves with its three joints (rad)."""
-    angles, each = np.reshape(joints, (4, 3)).tolist(), np.eye(3).tolist()
-    columns = [[sole_moves(leg, angles[leg], one, _NONE)[1] for one in each] for leg in range(4)]
-    return np.array(columns).transpose(0, 2, 1)
-
-
 def sole_moves(leg: int, angles: Three, rates: Three, sole: Three) -> tuple[Three, Three]:
     """Where the sole of a leg is (m), and how fast it moves (m/s) when its joints at `angles` (rad) turn at `rates`.
     `sole` is the point of the foot that is meant, from its centre (m, trunk's axes). Numbers, not arrays: on so few

@@ -23,8 +23,9 @@ from .twin import JITTER_S, KINDS, Sensor, World
 MOTOR_DELAY_S = 0.01  # from a write to the motors: their bus and the 500 Hz of its own loop (own estimate, 10-20 ms)
 SLOPE_RAD = math.radians(5.0)  # of the sloped ground, uphill along x
 BUMP_M, BUMP_WAY_M = 0.025, 0.5  # A Walk in the Park: bumps up to 2.5 cm; from one to the next (own estimate)
-FIELD_M, CELL_M = 20.0, 0.1  # the bumpy ground's side; beyond it the floor lies BELOW_M lower
-BELOW_M = 0.02
+FIELD_M, CELL_M = 20.0, 0.1  # the bumpy ground's side; it follows the dog by halves, of which one is like the other
+BELOW_M = 0.02  # and the floor lies so far below it
+REDRAW_S = 20.0  # what is drawn at random is so old at most: an episode of walking
 SETTLE_S = 1.0  # for it to stand still when it is placed
 TOUCH_GAP_S = 0.5  # the trunk on the ground after this long without is a new fall
 WEAK = 0.5  # of its strength is left to a weak motor
@@ -49,7 +50,7 @@ WRONG: dict[str, tuple[Sequence[float] | float, Sequence[float] | float]] = {
 }
 
 MODEL = Path(__file__).parent / "models" / "quadruped.xml"
-Setting = float | Sequence[float]  # a number, or the (low, high) that each placement draws it from
+Setting = float | Sequence[float]  # a number, or the (low, high) that it is drawn from, every REDRAW_S anew
 
 
 class QuadrupedTwin:
@@ -57,7 +58,8 @@ class QuadrupedTwin:
 
     `terrain`: flat; bumpy, with smooth bumps of up to 2.5 cm; sloped, 5 degrees uphill along x. `friction` and
     `motor` (the strength of all motors) are factors, `payload_kg` is on its back; `weak` is a joint whose motor has
-    half its strength. `walls` are not built: a dog steps over what stops a car. Without noise the sensors keep their
+    half its strength. What is given as a pair is drawn when it is placed, and every REDRAW_S again, as nothing else
+    may ever place it. `walls` are not built: a dog steps over what stops a car. Without noise the sensors keep their
     rates and latencies. With `realtime` simulated time follows the wall clock.
     """
 
@@ -81,6 +83,7 @@ class QuadrupedTwin:
         drawn = {"friction": friction, "payload_kg": payload_kg, "motor": motor}
         self._ranges = {name: np.broadcast_to(np.asarray(value, float), 2) for name, value in drawn.items()}
         self._draws, self._noises = np.random.default_rng([seed, 0]).spawn(2)
+        self._vary = any(np.ptp(ends) > 0.0 for ends in self._ranges.values())
         self._terrain, self._bumps = terrain, bumps(seed) if terrain == "bumpy" else np.zeros((2, 2))
         self._accel_noise = noise * ACCEL_NOISE
         model = build(terrain, self._bumps)
@@ -143,7 +146,7 @@ class QuadrupedTwin:
         sensors read that at once, and the estimator starts from there. Friction, payload and motor are drawn anew."""
         self._waiting.clear()
         self._target, self._damped = np.array(NOMINAL), False
-        self._randomise()
+        self._draw()
         self.settle(self._standing(pose), pose)
 
     def settle(self, qpos: np.ndarray, pose: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> None:
@@ -174,14 +177,15 @@ class QuadrupedTwin:
         if not self._open:
             raise DriverError("quadruped twin: not open; call open() first")
 
-    def _randomise(self) -> None:
-        model = self.world.model
+    def _draw(self) -> None:
+        """Friction, payload and motor, each of its range."""
+        model, self._drawn = self.world.model, self.world.data.time
         friction, payload, motor = (float(self._draws.uniform(*self._ranges[name])) for name in self._ranges)
         model.geom_friction[:, 0] = friction * self._friction
         share = payload / _PAYLOAD_KG
         model.body_mass[self._payload] = share * _PAYLOAD_KG
         model.body_inertia[self._payload] = share * np.array(_PAYLOAD_INERTIA)
-        mujoco.mj_setConst(model, self.world.data)
+        mujoco.mj_setConst(model, mujoco.MjData(model))  # it works on the data that it is given
         self._strength, self._powered = motor * self._share, None
 
     def _standing(self, pose: tuple[float, float, float]) -> np.ndarray:
@@ -198,6 +202,7 @@ class QuadrupedTwin:
         self._power()
         for _ in range(2):  # once more where it moved while its legs gave way
             scratch.qpos[:], scratch.qvel[:], scratch.ctrl[:] = qpos, 0.0, NOMINAL
+            self._follow(scratch)
             mujoco.mj_step(self.world.model, scratch, round(SETTLE_S / self.world.dt))
             qpos = scratch.qpos.copy()
             qpos[2] += self._ground(x, y) - self._ground(*qpos[:2])
@@ -210,16 +215,22 @@ class QuadrupedTwin:
             return x * math.tan(SLOPE_RAD)
         if self._terrain == "flat":
             return 0.0
-        column, row = (x + FIELD_M / 2) / CELL_M, (y + FIELD_M / 2) / CELL_M
-        i, j, last = math.floor(row), math.floor(column), len(self._bumps) - 1
-        if not (0 <= i < last and 0 <= j < last):
-            return -BELOW_M
+        column, row = (x % (FIELD_M / 2)) / CELL_M, (y % (FIELD_M / 2)) / CELL_M
+        i, j = math.floor(row), math.floor(column)
         corners = self._bumps[i : i + 2, j : j + 2]
         up, right = row - i, column - j
         return float(np.array([1 - up, up]) @ corners @ np.array([1 - right, right]))
 
+    def _follow(self, data: mujoco.MjData) -> None:
+        """Bring the bumps to where the dog is."""
+        if self._terrain == "bumpy":  # else there are none
+            data.mocap_pos[:, :2] = np.round(data.qpos[:2] / (FIELD_M / 2)) * FIELD_M / 2
+
     def _control(self, dt: float) -> None:
         data = self.world.data
+        self._follow(data)
+        if self._vary and data.time - self._drawn >= REDRAW_S:
+            self._draw()
         while self._waiting and self._waiting[0][0] <= data.time + 1e-6:
             self._target, self._damped = self._waiting.popleft()[1], False
         self._power()
@@ -289,8 +300,10 @@ _DROP_M = 0.34  # the trunk's height when it is set down: its feet are clear of 
 
 
 def bumps(seed: int) -> np.ndarray:
-    """(n, n) heights in m, rows along y: random ones BUMP_WAY_M apart, and smooth between them."""
-    coarse = np.random.default_rng([seed, 1]).uniform(0.0, BUMP_M, (round(FIELD_M / BUMP_WAY_M) + 1,) * 2)
+    """(n, n) heights in m, rows along y: random ones BUMP_WAY_M apart, and smooth between them. Both halves of a side
+    are alike."""
+    half = np.random.default_rng([seed, 1]).uniform(0.0, BUMP_M, (round(FIELD_M / 2 / BUMP_WAY_M),) * 2)
+    coarse = np.pad(np.tile(half, (2, 2)), (0, 1), mode="wrap")
     fine = np.linspace(0.0, len(coarse) - 1, round(FIELD_M / CELL_M) + 1)
     whole = np.minimum(fine.astype(int), len(coarse) - 2)
     part = fine - whole
@@ -303,7 +316,7 @@ def bumps(seed: int) -> np.ndarray:
 
 
 def build(terrain: str = "flat", heights: np.ndarray | None = None) -> mujoco.MjModel:
-    """The compiled dog on its ground, without payload; `heights` are those of the bumpy one."""
+    """The compiled dog on its ground, with the model's 1 kg as payload; `heights` are those of the bumpy one."""
     spec = mujoco.MjSpec.from_file(str(MODEL))
     floor = spec.geom("floor")
     if terrain == "sloped":
@@ -314,7 +327,7 @@ def build(terrain: str = "flat", heights: np.ndarray | None = None) -> mujoco.Mj
             name="bumps", nrow=len(heights), ncol=len(heights), size=[FIELD_M / 2, FIELD_M / 2, BUMP_M, BELOW_M],
             userdata=(heights / BUMP_M).ravel(),
         )  # fmt: skip
-        spec.worldbody.add_geom(
+        spec.worldbody.add_body(name="bumps", mocap=True).add_geom(
             name="bumps", type=mujoco.mjtGeom.mjGEOM_HFIELD, hfieldname="bumps", material="floor",
             contype=1, conaffinity=0, friction=[0.0, 0.005, 0.0001],
         )  # fmt: skip
