@@ -175,7 +175,8 @@ class RobotEnv(RecordingEnv):
                     self.robot.stop()
                     self.robot.place(self.task.spot(self.reading))
                     self.reading = self.robot.read()
-                    self.gate.step(self.robot.now(), self.reading, None)  # it stands: begin from rest
+                    self.gate.placed()
+                    self.gate.step(self.robot.now(), self.reading, None)  # begin from rest
                     break
             wish = recovery.wish(self.reading)
             if wish is None:

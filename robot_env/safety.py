@@ -3,8 +3,9 @@
     DISARMED --arm--> ARMED <--> RUN <--> HOLD --> STOPPING --> STOPPED --clear--> DISARMED
     any of them --estop--> ESTOP --clear--> DISARMED
 
-Nothing moves but in RUN, and in HOLD what the robot's declaration lets it keep. A fault can only lead to the
-right; HOLD alone recovers by itself. Clearing never moves the robot: somebody has to arm it again.
+Nothing moves but in RUN. What the robot `keeps` stays as it was told in ARMED and HOLD, and as it is measured in
+DISARMED; all else is told what is safe, and all of it from STOPPING on. A fault can only lead to the right; HOLD alone
+recovers by itself. Clearing never moves the robot: somebody has to arm it again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Limits:
     tolerance: np.ndarray  # an actuator further than this from its command for FOLLOW_S does not follow it
     safe: np.ndarray  # what stops the robot
     stays: bool  # instead of that it stops where it is
-    keeps: np.ndarray  # bool: what stays as it was in HOLD, e.g. the steering
+    keeps: np.ndarray  # bool: what stays as it was while nobody drives it, e.g. the steering
     measured: tuple[str, ...]  # channel that measures each value; "": none
     place: tuple[int, ...]  # and which of its numbers does
     max_age_s: dict[str, float]  # channel -> oldest acceptable reading
@@ -159,18 +160,25 @@ class Gate:
             faults += clamps
         else:  # stopping is never rate-limited
             faults += [self.state] if self.state in (HOLD, *LATCHED) else []
-            command = np.where(self.limits.keeps & (self.state == HOLD), self._last, self._still(measurement))
+            command = self._still(measurement)
         self._last, self._time, self._told = command, now, True
         for fault in faults:
             self.counts[fault] = self.counts.get(fault, 0) + 1
         return command.copy(), self.state, tuple(faults)
 
+    def placed(self) -> None:
+        """Somebody has set the robot down: where it was told to be counts no more."""
+        self._told = False
+
     def _still(self, measurement: Reading) -> np.ndarray:
         """(n,) what keeps it from moving: what stops it, or where it was told to be. Each value that was never told, or
         that somebody has moved out of its reach since, is where it is measured: told that at every tick, an arm would
         sink by its weight."""
-        if not self.limits.stays:
-            return self.limits.safe
+        limits = self.limits
+        if not limits.stays:
+            told = self._told and self.state in (ARMED, HOLD)
+            kept = self._last if told else self._measured(measurement, limits.safe)
+            return np.where(limits.keeps & (self.state not in LATCHED), kept, limits.safe)
         where = self._measured(measurement, self._last)
         holds = (self.state in (HOLD, *LATCHED)) | (np.abs(where - self._last) <= self.limits.reach)
         return np.where(self._told & holds, self._last, where)

@@ -103,7 +103,7 @@ def check(rig: Rig, before: str, last: np.ndarray, most: float, wanted, found, e
         edge = min(last[0] + step, most, 4.5) if speed > out[0] else max(last[0] - step, -most, -1.5)
         assert far <= 1e-9 or out[0] == pytest.approx(edge, abs=1e-6)
     else:
-        assert out[0] == SAFE[0] and out[1] == (last[1] if state == "hold" else SAFE[1])
+        assert out[0] == SAFE[0] and out[1] == (last[1] if state in ("armed", "hold") else SAFE[1])
     if state in ("hold", "stopping", "stopped", "estop"):
         assert state in faults and (state == "estop" or rig.gate.cause)
 
@@ -251,6 +251,40 @@ def what_stays_stops_where_it_is(m):
     assert tick(None, "estop", at=(0.7, 0.1))[0] == pytest.approx([0.7, 0.1])  # never told anything
 
 
+def what_is_kept_stays_as_it_was(m):
+    """While nobody drives it: where it is measured until it is armed, and then where it was told to be."""
+    keeps = replace(COMMAND, measured=("", "slow[0]"), reach=(), tolerance=())
+    gate, now = m.Gate(keeps, m.Limits.of(CHANNELS, keeps, {})), 0.0
+
+    def tick(wish, *events, at=0.3):
+        nonlocal now
+        now += 0.1
+        reading = Reading({"fast": np.zeros(1), "slow": np.array([at, now])}, {"fast": now, "slow": now})
+        return gate.step(now, reading, wish, events)[:2]
+
+    for at in (0.3, -0.2, 0.35) * 4:
+        out, state = tick(None, at=at)
+        assert state == m.DISARMED and out == pytest.approx([0.0, at])
+    assert tick(None, at=np.nan)[0] == pytest.approx(SAFE)  # nobody knows where it is
+    for _ in range(12):
+        out, state = tick(None, at=0.3)
+    for at in (0.25, 0.0, -0.3):
+        out, state = tick(None, "arm", at=at)
+        assert state == m.ARMED and out == pytest.approx([0.0, 0.3])
+    assert tick(wish(0.5, 0.2)) == (pytest.approx([0.5, 0.2]), m.RUN)
+    for at in (0.2, -0.3):
+        assert tick(None, at=at) == (pytest.approx([0.0, 0.2]), m.ARMED)
+    gate.placed()
+    for at in (-0.1, 0.3):
+        assert tick(None, at=at) == (pytest.approx([0.0, -0.1]), m.ARMED)
+    for at in (0.0, 0.3):
+        assert tick(np.full(2, np.nan), at=at) == (pytest.approx([0.0, -0.1]), m.HOLD)
+    for expected in (m.STOPPING, m.STOPPING):
+        assert tick(np.full(2, np.nan)) == (pytest.approx(SAFE), expected)
+    assert tick(None, "estop") == (pytest.approx(SAFE), m.ESTOP)
+    assert tick(None, "clear", at=0.1) == (pytest.approx([0.0, 0.1]), m.DISARMED)
+
+
 def outside_its_box_it_comes_back_at_its_rate(m):
     stays = replace(COMMAND, stays=True, keeps=(), measured=("slow[0]", "slow[1]"), tolerance=())
     gate = m.Gate(stays, m.Limits.of(CHANNELS, stays, {}))
@@ -288,7 +322,7 @@ def it_arms_when_every_channel_was_well_for_a_second(m):
     assert rig.tick(None)[:2] != m.RUN and rig.gate.state == m.ARMED
     out, state, _ = rig.tick(GO)
     assert state == m.RUN and out == pytest.approx([0.9, 0.0])  # from rest: 9 m/s^2 for 0.1 s
-    assert rig.tick(None)[1] == m.ARMED and (rig.out == SAFE).all()
+    assert rig.tick(None)[1] == m.ARMED and rig.out == pytest.approx([0.0, 0.0])  # its wheels as they are
     rig = Rig(m, armed=False)
     rig.run(8, ages={"slow": 0.0})
     assert rig.tick(None, ("arm",), ages={"slow": 0.6})[1:] == (m.DISARMED, ("stale_slow",))
@@ -513,7 +547,7 @@ def without_the_dead_mans_switch_nobody_drives(m):
     assert rig.run(2)[1] == m.RUN and rig.tick(GO, dt=0.1 - 1e-9)[1] == m.RUN
     for _ in range(50):  # released, it stands, for as long as it takes
         out, state, faults = rig.tick(GO)
-        assert (out == SAFE).all() and (state, faults) == (m.ARMED, ("deadman",))
+        assert out == pytest.approx([0.0, 0.0]) and (state, faults) == (m.ARMED, ("deadman",))
     assert rig.tick(GO, ("alive",))[:2][1] == m.RUN and rig.out[0] == pytest.approx(0.9)
     assert rig.tick(np.full(2, np.nan), dt=1.0)[2] == ("not_finite", "deadman", "hold")
 
@@ -551,14 +585,14 @@ def what_was_given_out_is_a_copy(m):
     rig.out = np.array([0.9, 0.0])
     assert rig.tick(GO)[0][0] == pytest.approx(1.8)
     for _ in range(2):
-        assert (rig.tick(None)[0] == SAFE).all()
+        assert rig.tick(None)[0] == pytest.approx([0.0, 0.0])
         rig.out[:] = 1e9
         rig.out = SAFE
 
 
 ATTACKS = (
     limits_are_declared, what_measures_a_value_may_be_one_number_of_a_channel,
-    what_stays_stops_where_it_is, outside_its_box_it_comes_back_at_its_rate, a_task_only_tightens,
+    what_stays_stops_where_it_is, what_is_kept_stays_as_it_was, outside_its_box_it_comes_back_at_its_rate, a_task_only_tightens,
     it_arms_when_every_channel_was_well_for_a_second,
     boxes_and_rates_are_per_second, a_command_stays_near_what_is_measured, tightened_limits_bind, bad_wishes_hold,
     three_wishes_in_a_row_that_are_not_finite_stop, a_hold_that_does_not_end_stops, too_many_holds_stop,

@@ -320,7 +320,8 @@ def test_noise_has_the_stated_size():
 
 def test_the_estimator_sees_what_the_channels_carry():
     robot = twin()
-    seen, again, known = [], copy.deepcopy(robot._odometry), ("gravity", "gyro", "joint_position", "joint_velocity", "foot_force")
+    seen, known = [], ("gravity", "gyro", "joint_position", "joint_velocity", "foot_force")
+    again = copy.deepcopy(robot._odometry)
     update = robot._odometry.update
     robot._odometry.update = lambda dt, **samples: (seen.append(dict(samples)), update(dt, **samples))[1]
     robot.place = None  # no new start of the estimator

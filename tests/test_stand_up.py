@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,4 +138,27 @@ def test_after_a_fall_the_environment_lets_it_get_up_by_itself():
     names = {name for record in records for name in record.events}
     assert "reset" in names and "fall" in names and "intervention" not in names
     assert any(record.source == "reset" for record in records)
+    env.close()
+
+
+def test_set_on_its_feet_by_a_hand_it_goes_on_from_there(monkeypatch):
+    pytest.importorskip("mujoco")
+    from tether.launch import catalog
+
+    env = catalog.make_env(catalog.make_task(catalog.load_spec("dog-walk")), seed=0)
+    env.reset(seed=0)
+    env.robot.settle(np.array([0.0, 0.0, 0.2, math.cos(1.0), math.sin(1.0), 0.0, 0.0, *FOLDED]))
+    while not env.step(np.zeros(12, np.float32))[2]:
+        pass
+    helpless = SimpleNamespace(needs_hand=True)
+    monkeypatch.setattr(env.task, "recover", lambda reading, outcome: helpless)
+    records = []
+    env.on_record.append(records.append)
+    env.reset()
+    assert records[-1].events["intervention"] == 1.0
+    heights = []
+    for _ in range(20):
+        heights.append(env.robot.truth()["height"])
+        assert not env.step(np.zeros(12, np.float32))[2]
+    assert min(heights) > 0.25  # it does not sink to where it was told to be before
     env.close()
