@@ -28,7 +28,7 @@ from jax import lax
 from . import bound
 from .networks import BATCH_EPSILON, Actor, into, tanh_normal, unit_kernels, window
 
-AVERAGED = 500.0  # actor updates: time constant of the mean of past actors that is frozen
+AVERAGED = 500.0  # steps: time constant of the mean of past actors that is frozen
 Batch = dict[str, Any]  # as replay.Replay.sample makes it
 Variables = dict[str, Any]  # of a flax module: {"params": ...} and, with batch norm, {"stats": ...}
 
@@ -280,7 +280,8 @@ def _actor(critic: Critic, cfg: Config, state: State, batch: Batch) -> tuple[Sta
     actor = {"params": params} | stats
     if critic.unit_kernels:
         actor = unit_kernels(actor)
-    share = jnp.maximum(1.0 / AVERAGED, 1.0 / actor_opt[0].count)  # at first, of all there were
+    steps = max(cfg.period / cfg.utd, 1.0)  # to one update of the actor
+    share = jnp.maximum(steps / AVERAGED, 1.0 / actor_opt[0].count)  # at first, of all there were
     average = optax.incremental_update(actor, state.average, share)
 
     goal = cfg.entropy_goal(batch["action"].shape[-1])

@@ -120,6 +120,8 @@ def check_actions(spec: TaskSpec, other: TaskSpec) -> None:
         raise TaskError(f"{spec.name}: {other.name} was trained on {other.robot}; this task's robot is {spec.robot}")
     if declaration(spec)[1] != declaration(other)[1]:
         raise TaskError(f"{spec.name}: in {other.name} an action is another command; same robot and [action], please")
+    if spec.hz != other.hz:
+        raise TaskError(f"{spec.name}: runs at {spec.hz:g} Hz, and {other.name} at {other.hz:g}; same hz, please")
 
 
 def check_start(spec: TaskSpec, other: TaskSpec) -> int:

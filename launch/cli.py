@@ -75,7 +75,7 @@ def build() -> argparse.ArgumentParser:
 
     demo = command("demo", "demo", "no hardware, no arguments: train in the twin for some minutes, freeze, show it")
     demo.add_argument("robot", nargs="?", default="car", choices=["car", "quadruped", "arm"], help="(default: car)")
-    demo.add_argument("--out", help="folder for the run and the bundle (default: runs/demo-N)")
+    demo.add_argument("--out", help="folder for the run and the bundle (default: runs/demo-ROBOT-N)")
     _seeded(demo, "of everything")
     _json(demo)
 

@@ -228,12 +228,12 @@ def dump(config: Config, **run: Any) -> str:
     }
     lines = ["# Written by tether: what this run was decided by."]
     for section, values in sections.items():
-        lines += ["", f"[{section}]", *(f"{key} = {_value(v)}" for key, v in values.items())]
+        lines += ["", f"[{section}]", *(f"{key} = {toml(v)}" for key, v in values.items())]
     return "\n".join(lines) + "\n"
 
 
-def _value(value: Any) -> str:
-    """A TOML value; None is "none"."""
+def toml(value: Any) -> str:
+    """A setting as config.toml and --set have it; None is "none"."""
     text = str(value)
     if text.endswith("\n") and text.replace("\n", "").isprintable() and "'''" not in text:
         return f"'''\n{text}'''"  # a task file as it was, for people

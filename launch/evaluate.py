@@ -65,7 +65,7 @@ class Episodes:
 
 
 def _succeeded(last: Record) -> float:
-    """Of an episode's last step: where there are checkpoints to pass, whether all were; else whether it went on."""
+    """Of an episode's last step: where there is something to be done, whether it was; else whether it went on."""
     return float(last.events["progress"] >= 1.0 if "progress" in last.events else not last.terminated)
 
 
@@ -81,6 +81,7 @@ class Tally:
         self.laps: list[float] = []
         self.cycles: list[float] = []  # s, of the episodes that succeeded
         self.contacts: int | None = None  # with walls, as the twin knows them (law 13); on hardware nobody does
+        self._astray: float | None = None  # m, at most, from where the robot believes that it is; likewise
         self._clean: list[bool] = []
         self._moved: list[tuple[float, float]] = []  # m forward, and s it took, in the steps of episodes
         self._before: tuple[float, dict[str, float]] | None = None  # time and truth after the step before
@@ -116,6 +117,7 @@ class Tally:
             rows = (len(list(row)) for clean, row in itertools.groupby(self._clean) if clean)
             out |= {
                 "laps": len(self.laps), "clean_laps": max(rows, default=0), "contacts": self.contacts,
+                "pose_error_m": None if self._astray is None else round(self._astray, 3),
                 "lap_time_s": {"median": self.median_s, "best": min(self.laps, default=None), "all": self.laps},
             }  # fmt: skip
         return out
@@ -144,6 +146,9 @@ class Tally:
             return
         now, here = robot.now(), robot.truth()
         self.contacts = int(here["contacts"])
+        if isinstance(self.env.task, Course):
+            believed = self.env.reading.values["pose"][:2]
+            self._astray = max(self._astray or 0.0, math.dist(believed, (here["x"], here["y"])))
         if step and self._before:  # not the first of an episode: before it a twin may have been placed
             then, there = self._before
             x, y = here["x"] - there["x"], here["y"] - there["y"]

@@ -84,8 +84,9 @@ class Learner:
         self.job, self.log = job, log
         steps = [Path(source) / "steps" for source in job.prior]  # of a run; a recording has none
         prior = list(chain.from_iterable(read_streams(s) if s.is_dir() else [read_recording(s.parent)] for s in steps))
-        if others := {meta.robot for meta, _ in prior} - {job.spec.robot}:
-            raise config.RunError(f"--prior: recorded on {', '.join(others)}; this task's robot is {job.spec.robot}")
+        ours = f"{job.spec.robot} at {job.spec.hz:g} Hz"
+        if others := {f"{meta.robot} at {meta.hz:g} Hz" for meta, _ in prior} - {ours}:
+            raise config.RunError(f"--prior: recorded on {', '.join(others)}; this task's robot is {ours}")
         task, command = catalog.make_task(job.spec), catalog.declaration(job.spec)[1]
         experience = [translated(meta, records, command) for meta, records in prior]
         self.trainer = Trainer(task, job.config, job.seed, experience, job.devices)
@@ -224,7 +225,7 @@ class Learner:
                 warning = self.trainer.start_from(Path(self.job.start) / "snapshots", before.algorithm, observed)
             except SnapshotError as error:
                 old, new = ({"algorithm": c.algorithm, **c.agent} for c in (before, self.job.config))
-                apart = [f"agent.{name} = {old[name]}" for name in old if old[name] != new.get(name)]
+                apart = [f"agent.{name}={config.toml(old[name])}" for name in old if old[name] != new.get(name)]
                 raise SnapshotError(f"{error}: {', '.join(apart[:4])}") from None
             self.log.note(f"starts from {self.job.start}")
         if warning:

@@ -139,7 +139,7 @@ class Trainer:
         if measure and len(self._aside) >= BLOCK and len(self.replay):  # told next time: nothing waits for it
             for name, replay in (("held_out_loss", self._aside), ("seen_loss", self.replay)):
                 batch = replay.sample(np.random.default_rng(self.steps), self.agent.batch)
-                batch["return_max"][:] = max(self.replay.return_max, self.prior.return_max)  # as in training
+                batch["return_max"][:] = self._return_max  # as in training
                 self._measured[name] = measure(self.agent, self.state, batch)
         return out | {
             "learn/updates": self.updates,
@@ -162,7 +162,7 @@ class Trainer:
     def save(self, folder: Path) -> Path:
         """Write a snapshot into a run's snapshots/. Raises SnapshotError, or Diverged."""
         self._finite(self.state)
-        counters = {"steps": self.steps, "updates": self.updates, "cursor": self.cursor}
+        counters = {"steps": self.steps, "updates": self.updates, "cursor": self.cursor, "return_max": self._return_max}
         return snapshot.save(folder, {"task": self.state}, counters | {"replay_rng": self._rng.bit_generator.state})
 
     def load(self, folder: Path) -> tuple[dict[str, int], str]:
@@ -177,7 +177,13 @@ class Trainer:
         self.state = self._placed(found.states["task"])
         self.updates = self._restored = found.counters["updates"]
         self._rng.bit_generator.state = found.counters["replay_rng"]
+        self.replay.return_max = found.counters.get("return_max", 0.0)
         return found.counters["cursor"], found.warning
+
+    @property
+    def _return_max(self) -> float:
+        """The largest return so far, which critics may count in."""
+        return max(self.replay.return_max, self.prior.return_max)
 
     def freeze(self) -> None:
         """Take the policy that is to be evaluated and deployed; there is no training after this."""
@@ -201,6 +207,7 @@ class Trainer:
         taken = ("actor", "average") if cloned else self.state._fields
         old, fresh = ({name: getattr(state, name) for name in taken} for state in (found.states["task"], self.state))
         self.state = self._placed(self.state._replace(**snapshot.widened(old, fresh, observed - actions)))
+        self.replay.return_max = found.counters.get("return_max", 0.0)  # critics may count in it
         return found.warning
 
     def _placed(self, state: Any) -> Any:

@@ -174,11 +174,10 @@ class Gate:
         """(n,) what keeps it from moving: what stops it, or where it was told to be. Each value that was never told, or
         that somebody has moved out of its reach since, is where it is measured: told that at every tick, an arm would
         sink by its weight."""
-        limits = self.limits
-        if not limits.stays:
+        if not self.limits.stays:
             told = self._told and self.state in (ARMED, HOLD)
-            kept = self._last if told else self._measured(measurement, limits.safe)
-            return np.where(limits.keeps & (self.state not in LATCHED), kept, limits.safe)
+            kept = self._last if told else self._measured(measurement, self.limits.safe)
+            return np.where(self.limits.keeps & (self.state not in LATCHED), kept, self.limits.safe)
         where = self._measured(measurement, self._last)
         holds = (self.state in (HOLD, *LATCHED)) | (np.abs(where - self._last) <= self.limits.reach)
         return np.where(self._told & holds, self._last, where)

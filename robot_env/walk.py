@@ -11,6 +11,7 @@ import numpy as np
 from ..drivers.base import Channel, Command, Reading
 from .fit import check_channels
 from .legs import Tumble, tilt, walking
+from .stand_up import NEAR_RAD, STANDS
 from .task import Batch, Body, Observer, Outcome, Recovery, TaskError, TaskSpec
 
 # APRL's reward (SepRew: rail_walker_gym/joystick_policy/reward_providers.py; weights in systems.md 3.1)
@@ -64,9 +65,12 @@ class Walk:
         return np.concatenate([self._observer(reading), np.clip(action, -1, 1)]).astype(np.float32)
 
     def advance(self, progress: Progress, action: np.ndarray, reading: Reading) -> Outcome:
-        """The reward of `[walk]`. Trouble of the body ends an episode; while standing up there is none."""
+        """The reward of `[walk]`. Trouble of the body ends an episode; while standing up there is none, and who stands
+        at the end has succeeded."""
         if self._stands:  # reset: when the time is over, it lies down again
-            return Outcome(standing(reading, self._pose), False, False, {}, reset=True)
+            up, off = -reading.values["gravity"][2], np.abs(reading.values["joint_position"] - self._pose).max()
+            done = {"progress": float(up > STANDS and off < NEAR_RAD)}
+            return Outcome(standing(reading, self._pose), False, False, done, reset=True)
         trouble = self._body.trouble(progress.body, reading)
         ended = trouble in self._body.terminal
         if self.spec.walk.reward == "aprl":

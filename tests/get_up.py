@@ -1,5 +1,6 @@
-"""How surely the quadruped gets up: dropped in the twin from random orientations with random joint angles, then left
-to `robot_env/stand_up.py` behind the gate. Prints a line a kind of pose; the last line is the JSON's path.
+"""How surely the quadruped gets up: dropped in the twin from random orientations with random joint angles, fallen as
+its own IMU has it (a tilt beyond 30 degrees), then left to `robot_env/stand_up.py` behind the gate. Prints a line a
+kind of pose; the last line is the JSON's path.
 
     make get-up POSES=200 SEED=0
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from tether.drivers.quadruped import CHANNELS, COMMAND
+from tether.robot_env.legs import TILT_RAD, tilt
 from tether.robot_env.safety import Gate, Limits
 from tether.robot_env.stand_up import StandUp
 from tether.sim.quadruped import QuadrupedTwin
@@ -34,13 +36,15 @@ def armed(robot: QuadrupedTwin) -> Gate:
 
 
 def drop(robot: QuadrupedTwin, rng: np.random.Generator) -> float:
-    """Let it fall somehow, its motors limp, and lie. Returns the cosine of its tilt then."""
-    quaternion = rng.standard_normal(4)
-    qpos = [0.0, 0.0, DROP_M, *quaternion / np.linalg.norm(quaternion), *rng.uniform(COMMAND.low, COMMAND.high)]
-    robot.stop()
-    robot.settle(np.array(qpos))
-    robot.sleep(LIE_S)
-    return robot.truth()["upright"]
+    """Let it fall somehow, its motors limp, and lie, until it lies fallen. Returns the cosine of its tilt then."""
+    while True:
+        quaternion = rng.standard_normal(4)
+        qpos = [0.0, 0.0, DROP_M, *quaternion / np.linalg.norm(quaternion), *rng.uniform(COMMAND.low, COMMAND.high)]
+        robot.stop()
+        robot.settle(np.array(qpos))
+        robot.sleep(LIE_S)
+        if max(map(abs, tilt(robot.read().values["gravity"]))) > TILT_RAD:
+            return robot.truth()["upright"]
 
 
 def get_up(robot: QuadrupedTwin, gate: Gate) -> dict[str, Any]:

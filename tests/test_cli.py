@@ -173,7 +173,16 @@ def test_a_recording_of_another_robot_is_refused(capsys):
     pytest.importorskip("jax")
     assert tether("record", "fake.toml", "--out", "lap") == 0
     said = refused(capsys, "run", "gym:Pendulum-v1", "--prior", "lap", *TINY)
-    assert "--prior: recorded on fake; this task's robot is gym:Pendulum-v1" in said
+    assert "--prior: recorded on fake at 10 Hz; this task's robot is gym:Pendulum-v1 at 30 Hz" in said
+    Path("fast.toml").write_text(FAKE.replace("hz = 10", "hz = 50"))
+    said = refused(capsys, "run", "fast.toml", "--prior", "lap", *TINY)
+    assert "--prior: recorded on fake at 10 Hz; this task's robot is fake at 50 Hz" in said
+
+
+def test_going_on_without_anything_to_go_on_from_is_refused(capsys):
+    pytest.importorskip("jax")
+    said = refused(capsys, "run", "fake.toml", "--preset", "cpu,sim2real")
+    assert "learner.prior_anneal goes on with another run: give it by --from RUN and --prior RUN" in said
 
 
 def test_a_recording_that_gets_nowhere_is_given_up(monkeypatch, capsys):
@@ -353,7 +362,7 @@ def test_a_half_written_snapshot_is_passed_over_and_a_damaged_one_gives_way_to_t
     assert later.name in err and f"using {newest.name}" in err and err.count("\n") <= 2
     told = json.loads(out.splitlines()[-1])
     assert {"task", "episodes", "steps", "return_mean", "success_rate", "policy_ms", "late", "laps", "clean_laps",
-            "contacts", "lap_time_s"} <= set(told)  # fmt: skip
+            "contacts", "pose_error_m", "lap_time_s"} <= set(told)  # fmt: skip
     weights = max(newest.iterdir(), key=lambda p: p.stat().st_size)
     os.truncate(weights, 10)
     assert "every snapshot is damaged" in refused(capsys, "eval", run)

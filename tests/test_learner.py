@@ -181,7 +181,7 @@ def cloned_run() -> Trainer:
 def test_an_actor_with_batch_norm_cannot_start_from_cloning(monkeypatch):
     cloned_run()
     monkeypatch.setattr(Trainer, "warm_up", lambda self: pytest.fail("compiles what is not going to run"))
-    with pytest.raises(SnapshotError, match="actor/.*this run needs.*: agent.algorithm = bc, "):
+    with pytest.raises(SnapshotError, match='actor/.*this run needs.*: agent.algorithm="bc", '):
         with learner("agent.algorithm=crossq", folder="second", start="run"):
             pass
 
@@ -198,9 +198,11 @@ def test_who_starts_from_cloning_takes_its_actor_alone():
 def test_a_course_begins_with_what_walking_taught():
     specs = {name: catalog.load_spec(name) for name in ("dog-walk", "dog-course")}
     walk, course = (Trainer(catalog.make_task(spec), settings(), seed) for seed, spec in enumerate(specs.values()))
+    walk.replay.return_max = 333.0
     walk.save(Path("run/snapshots"))
     observed = catalog.check_start(specs["dog-course"], specs["dog-walk"])
     assert course.start_from(Path("run/snapshots"), "rlpd", observed) == ""
+    assert course.replay.return_max == 333.0  # in which some critics count
     rng, before = np.random.default_rng(0), np.zeros((5, 12), np.float32)
     seen = rng.normal(size=(5, walk.task.observation_size)).astype(np.float32)
     channels, action = np.split(seen, [-12], 1)
@@ -229,6 +231,7 @@ def test_a_resumed_learner_has_the_weights_of_one_that_was_never_interrupted(dam
         assert damaged == ("damaged snapshots: 000002" in said.getvalue())
     whole = trained(kept)
     assert (two.trainer.steps, two.trainer.updates) == (whole.steps, whole.updates)
+    assert two.trainer.replay.return_max == whole.replay.return_max > 0.0
     assert_same(params, whole.policy())
 
 

@@ -1,6 +1,7 @@
 """RLPD against NumPy, what its equations leave open, and a point that learns."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,3 +186,21 @@ def test_what_is_frozen_is_the_mean_of_the_actors_so_far_and_later_of_the_last_o
     newest, share = rlpd.policy_params(POINT, state), 1 / sac.AVERAGED
     for name, value in rlpd.policy_params(POINT, rlpd.frozen(state)).items():
         np.testing.assert_allclose(value, (1 - share) * before[name] + share * newest[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_of_actors_is_over_as_many_steps_however_rarely_the_actor_moves():
+    rare, shares = replace(POINT, utd=2, actor_every=20), {}
+    for cfg in (replace(POINT, utd=2), rare):
+        state = rlpd.init(cfg, jax.random.key(0), 2, 1)
+        many = state.actor_opt[0]._replace(count=jax.numpy.int32(10_000))
+        state = state._replace(actor_opt=(many, *state.actor_opt[1:]))
+        before = rlpd.policy_params(cfg, rlpd.frozen(state))
+        while state.actor_opt[0].count == 10_000:
+            batch = point_replay(1).sample(np.random.default_rng(0), 128)
+            state, _ = rlpd.update(cfg, state, minibatches(batch, 2, 64))
+        newest, after = rlpd.policy_params(cfg, state), rlpd.policy_params(cfg, rlpd.frozen(state))
+        name = "mean/kernel"
+        moved = [np.linalg.norm(params[name] - before[name]) for params in (after, newest)]
+        shares[cfg.period] = moved[0] / moved[1]
+    assert shares[2] == pytest.approx(1 / sac.AVERAGED, rel=0.01)
+    assert shares[20] == pytest.approx(10 / sac.AVERAGED, rel=0.01)

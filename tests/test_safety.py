@@ -592,7 +592,8 @@ def what_was_given_out_is_a_copy(m):
 
 ATTACKS = (
     limits_are_declared, what_measures_a_value_may_be_one_number_of_a_channel,
-    what_stays_stops_where_it_is, what_is_kept_stays_as_it_was, outside_its_box_it_comes_back_at_its_rate, a_task_only_tightens,
+    what_stays_stops_where_it_is, what_is_kept_stays_as_it_was, outside_its_box_it_comes_back_at_its_rate,
+    a_task_only_tightens,
     it_arms_when_every_channel_was_well_for_a_second,
     boxes_and_rates_are_per_second, a_command_stays_near_what_is_measured, tightened_limits_bind, bad_wishes_hold,
     three_wishes_in_a_row_that_are_not_finite_stop, a_hold_that_does_not_end_stops, too_many_holds_stop,

@@ -112,7 +112,7 @@ def test_from_fallen_poses_in_the_twin():
     from tests.get_up import WITHIN_S, campaign
 
     results = campaign(4, seed=6)
-    assert {r["kind"] for r in results} >= {"back", "belly"}
+    assert {r["kind"] for r in results} >= {"back", "side"} and max(r["upright"] for r in results) < 0.87  # 30 degrees
     assert all(r["stands"] and r["seconds"] < WITHIN_S for r in results), results
     assert all(math.isfinite(r["turning_radps"]) and r["turning_radps"] < 12.0 for r in results)
 

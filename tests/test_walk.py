@@ -108,7 +108,10 @@ def test_beyond_30_degrees_it_has_fallen_and_that_is_an_end(roll, pitch, text, g
 
 def test_a_fall_while_getting_up_is_no_fall():
     outcome = make(reward="stand").advance(walk.Progress(None), STILL, reading(gravity=(0, 0, 1)))
-    assert not outcome.terminated and not outcome.truncated and outcome.events == {}
+    assert not outcome.terminated and not outcome.truncated and outcome.events == {"progress": 0.0}
+    assert make(reward="stand").advance(walk.Progress(None), STILL, reading()).events == {"progress": 1.0}
+    tipped = reading(gravity=turned(0.3, 0.0))
+    assert make(reward="stand").advance(walk.Progress(None), STILL, tipped).events == {"progress": 0.0}
     assert outcome.reset  # when the time is over, it must lie again
 
 
@@ -572,6 +575,8 @@ def test_recorded_actions_keep_their_meaning_in_another_box():
         catalog.check_actions(wide, narrow)
     with pytest.raises(TaskError, match="dog-walk: car-loop was trained on car; this task's robot is quadruped"):
         catalog.check_actions(narrow, load("car-loop"))
+    with pytest.raises(TaskError, match="dog-walk: runs at 50 Hz, and dog-walk at 20; same hz, please"):
+        catalog.check_actions(replace(narrow, hz=50.0), narrow)
     assert catalog.check_start(load("dog-course"), narrow) == 49  # channels and the previous action: it can go on
     with pytest.raises(TaskError, match="dog-walk: dog-course observes what this task does not"):
         catalog.check_start(narrow, load("dog-course"))
