@@ -226,7 +226,7 @@ class Learner:
             except SnapshotError as error:
                 old, new = ({"algorithm": c.algorithm, **c.agent} for c in (before, self.job.config))
                 apart = [f"agent.{name}={config.toml(old[name])}" for name in old if old[name] != new.get(name)]
-                raise SnapshotError(f"{error}: {', '.join(apart[:4])}") from None
+                raise SnapshotError(f"{error}: {', '.join(apart[:4])} (its preset: {before.preset})") from None
             self.log.note(f"starts from {self.job.start}")
         if warning:
             self._warn(warning)
