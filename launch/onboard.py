@@ -64,7 +64,7 @@ class Policy:
         """
         x, previous = np.asarray(obs, np.float32), np.asarray(prev_action, np.float32)
         if x.shape != (self.observation_size,) or previous.shape != (self.action_size,):
-            raise ValueError(
+            raise BundleError(
                 f"observation {x.shape} and previous action {previous.shape}; "
                 f"this policy takes ({self.observation_size},) and ({self.action_size},)"
             )
