@@ -57,7 +57,7 @@ def job_of(options: Any) -> Job:
         if any(folder.glob(f"*{SUFFIX}")):  # its steps would be taken for the recording's
             raise RunError(f"{folder} holds a recording; choose another --out")
     if settings.learner.prior_anneal and not prior and settings.actor.takeover == "none":  # preset sim2real
-        raise RunError("sim2real (prior_anneal) needs --from RUN, --prior RUN and that run's preset, as in cpu,sim2real")
+        raise RunError("sim2real (prior_anneal) needs --from RUN, --prior RUN and its preset, e.g. cpu,sim2real")
     if spec.hindsight and settings.agent.get("n_step", 1) > 1:
         raise config.ConfigError("task.hindsight needs agent.n_step = 1: goals drawn again reward one step")
     if settings.actor.takeover != "none":

@@ -182,7 +182,7 @@ def test_a_recording_of_another_robot_is_refused(capsys):
 def test_going_on_without_anything_to_go_on_from_is_refused(capsys):
     pytest.importorskip("jax")
     said = refused(capsys, "run", "fake.toml", "--preset", "cpu,sim2real")
-    assert "sim2real (prior_anneal) needs --from RUN, --prior RUN and that run's preset, as in cpu,sim2real" in said
+    assert "sim2real (prior_anneal) needs --from RUN, --prior RUN and its preset, e.g. cpu,sim2real" in said
 
 
 def test_a_recording_that_gets_nowhere_is_given_up(monkeypatch, capsys):
