@@ -28,7 +28,8 @@ from jax import lax
 from . import bound
 from .networks import BATCH_EPSILON, Actor, into, tanh_normal, unit_kernels, window
 
-AVERAGED = 500.0  # steps: time constant of the mean of past actors that is frozen
+# time constant of the mean of past actors that is frozen: steps, or updates of the actor where a step has several
+AVERAGED = 500.0
 Batch = dict[str, Any]  # as replay.Replay.sample makes it
 Variables = dict[str, Any]  # of a flax module: {"params": ...} and, with batch norm, {"stats": ...}
 

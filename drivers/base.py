@@ -52,7 +52,7 @@ class Command:
     high: tuple[float, ...]
     rate: tuple[float, ...]  # largest change per second
     safe: tuple[float, ...]  # what stops the robot
-    keeps: tuple[bool, ...] = ()  # what stays as it was while the gate holds the robot; empty: nothing
+    keeps: tuple[bool, ...] = ()  # what stays as it was while the gate holds it or nobody drives; empty: nothing
     measured: tuple[str, ...] = ()  # each value: "channel" (its first number) or "channel[3]"; "" or empty: nothing
     reach: tuple[float, ...] = ()  # a command goes no further than this from what is measured; empty: any
     tolerance: tuple[float, ...] = ()  # an actuator that follows is within this of its command; empty: any

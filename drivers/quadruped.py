@@ -44,7 +44,7 @@ COMMAND = Command(
     high=(0.863, 4.501, -0.888) * 4,
     rate=(20.0,) * 12,  # rad/s: the slowest of its motors
     safe=FOLDED,
-    keeps=(True,) * 12,  # it keeps its posture while it is held, and lies down when it stops
+    keeps=(True,) * 12,  # it keeps its posture while held or not driven, and lies down when it stops
     measured=tuple(f"joint_position[{i}]" for i in range(12)),
     reach=(1.2,) * 12,  # rad: at KP, the torque of its hips and thighs
 )

@@ -108,6 +108,6 @@ def _trained(
 
 
 def _driven(spec: TaskSpec, frozen: Path, seed: int, **until: int) -> dict[str, Any]:
-    """What the frozen policy does on a place it has not seen."""
+    """What the frozen policy does under noise that it has not met."""
     env = catalog.make_env(catalog.make_task(spec), seed=seed + 1000)
     return evaluate.drive(env, onboard.load_bundle(frozen).policies["task"].act, **until)

@@ -171,13 +171,14 @@ class Gate:
         self._told = False
 
     def _still(self, measurement: Reading) -> np.ndarray:
-        """(n,) what keeps it from moving: what stops it, or where it was told to be. Each value that was never told, or
-        that somebody has moved out of its reach since, is where it is measured: told that at every tick, an arm would
-        sink by its weight."""
+        """(n,) what keeps it from moving: what stops it, and of what it keeps where it was told to be or, disarmed or
+        never told, where it is measured within the robot's own range. A robot that stays is where it was told to be:
+        each value that was never told, or that somebody has moved out of its reach since, is where it is measured;
+        told that at every tick, an arm would sink by its weight."""
         if not self.limits.stays:
-            told = self._told and self.state in (ARMED, HOLD)
-            kept = self._last if told else self._measured(measurement, self.limits.safe)
-            return np.where(self.limits.keeps & (self.state not in LATCHED), kept, self.limits.safe)
+            where = np.clip(self._measured(measurement, self.limits.safe), self.command.low, self.command.high)
+            keeps = self.limits.keeps & (self.state not in LATCHED)
+            return np.where(keeps, self._last if self._told and self.state != DISARMED else where, self.limits.safe)
         where = self._measured(measurement, self._last)
         holds = (self.state in (HOLD, *LATCHED)) | (np.abs(where - self._last) <= self.limits.reach)
         return np.where(self._told & holds, self._last, where)

@@ -25,6 +25,12 @@ TRIES = 8  # to get up, then it asks for a hand
 HAND_S = 2.0  # upright for so long, and a hand is done
 
 
+def stands(reading: Reading, pose: np.ndarray) -> bool:
+    """Whether it is upright with its joints near `pose` (n,) in rad."""
+    joints, up = reading.values["joint_position"].astype(np.float64), -float(reading.values["gravity"][2])
+    return up > STANDS and bool(np.abs(joints - pose).max() < NEAR_RAD)
+
+
 class StandUp:
     """A `Recovery` for a robot with a dog's four legs, which reads gravity and joint_position.
 
@@ -55,7 +61,7 @@ class StandUp:
                 self._enter("fold")
             return self._lead(self._folded)
         if self._phase == "rise":
-            self._still = self._still + 1 if self._stands(up, joints) else 0
+            self._still = self._still + 1 if stands(reading, self._standing) else 0
             if elapsed > RISE_S and self._still >= STILL_S * self._hz:
                 return None
             if up < OVER or elapsed > RISE_S + LATE_S:
@@ -72,9 +78,6 @@ class StandUp:
             part = min(self._ticks / self._hz / RISE_S, 1.0)
             return self._lead(self._folded + part * (self._standing - self._folded))
         return self._lead(self._folded if self._phase == "fold" else self._kicking())
-
-    def _stands(self, up: float, joints: np.ndarray) -> bool:
-        return up > STANDS and bool(np.abs(joints - self._standing).max() < NEAR_RAD)
 
     def _kick(self, reading: Reading) -> None:
         """Roll towards the side that lies lower; from the third kick on every other one the other way."""

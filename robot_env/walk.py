@@ -11,7 +11,7 @@ import numpy as np
 from ..drivers.base import Channel, Command, Reading
 from .fit import check_channels
 from .legs import Tumble, tilt, walking
-from .stand_up import NEAR_RAD, STANDS
+from .stand_up import stands
 from .task import Batch, Body, Observer, Outcome, Recovery, TaskError, TaskSpec
 
 # APRL's reward (SepRew: rail_walker_gym/joystick_policy/reward_providers.py; weights in systems.md 3.1)
@@ -68,8 +68,7 @@ class Walk:
         """The reward of `[walk]`. Trouble of the body ends an episode; while standing up there is none, and who stands
         at the end has succeeded."""
         if self._stands:  # reset: when the time is over, it lies down again
-            up, off = -reading.values["gravity"][2], np.abs(reading.values["joint_position"] - self._pose).max()
-            done = {"progress": float(up > STANDS and off < NEAR_RAD)}
+            done = {"progress": float(stands(reading, self._pose))}
             return Outcome(standing(reading, self._pose), False, False, done, reset=True)
         trouble = self._body.trouble(progress.body, reading)
         ended = trouble in self._body.terminal

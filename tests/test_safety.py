@@ -266,6 +266,8 @@ def what_is_kept_stays_as_it_was(m):
         out, state = tick(None, at=at)
         assert state == m.DISARMED and out == pytest.approx([0.0, at])
     assert tick(None, at=np.nan)[0] == pytest.approx(SAFE)  # nobody knows where it is
+    for at, most in ((9.0, 0.4), (-9.0, -0.4)):
+        assert tick(None, at=at)[0] == pytest.approx([0.0, most])  # it cannot be there
     for _ in range(12):
         out, state = tick(None, at=0.3)
     for at in (0.25, 0.0, -0.3):
